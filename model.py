@@ -1,0 +1,169 @@
+"""The GPT-2 transformer, in plain PyTorch: pre-LayerNorm, learned positions, tanh GELU, tied embeddings.
+
+Every model of this project is this one. The policy, its reference and the pretrained LM put the tied embedding
+on top (`GPT.logits`); the preference model and the critic put a scalar head there (pm.py).
+
+Read it in this order: GPTConfig and SIZES, Block, GPT, KVCache (how sampling avoids re-reading the prompt),
+token_logprobs (how log-probs are taken without holding all the logits).
+
+Legend:  B batch (rows, or slots)   T time (tokens in a row)   C cache length   D width   H heads   L layers
+         V vocabulary               N tokens of many rows, packed
+Rows are padded on the RIGHT. Under causal attention a real token never sees a pad to its right, and its position
+is its index, so the full forward pass needs no padding mask at all.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    n_layer: int
+    n_head: int
+    d_model: int
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 (matrix units like round sizes)
+    context: int = 1024      # longest row; one learned position each
+
+    def n_params(self) -> int:
+        """Parameters, the embeddings included (the output layer is tied, so it adds none)."""
+        per_block = 12 * self.d_model**2 + 13 * self.d_model  # 4 D^2 attention, 8 D^2 MLP; biases and LayerNorms
+        return self.n_layer * per_block + (self.vocab_size + self.context + 2) * self.d_model
+
+
+_PAPER = dict(vocab_size=2**16, context=8192)  # GL: 2^16 tokens, 8192-token context
+SIZES = {
+    "toy": GPTConfig(2, 4, 128, context=192),
+    "gpt2": GPTConfig(12, 12, 768), "gpt2-medium": GPTConfig(24, 16, 1024),
+    "gpt2-large": GPTConfig(36, 20, 1280), "gpt2-xl": GPTConfig(48, 25, 1600),
+    # The paper's seven (§3.1) have D = 128 L up to rounding; the number of heads is not stated, so heads are 64
+    # wide as in GPT-2 (128 from 2.7B on). Named by their parameters without the embeddings.
+    "13M": GPTConfig(4, 8, 512, **_PAPER), "42M": GPTConfig(6, 12, 768, **_PAPER),
+    "197M": GPTConfig(10, 20, 1280, **_PAPER), "810M": GPTConfig(16, 32, 2048, **_PAPER),
+    "2.7B": GPTConfig(24, 24, 3072, **_PAPER), "13B": GPTConfig(40, 40, 5120, **_PAPER),
+    "52B": GPTConfig(64, 64, 8192, **_PAPER),
+}
+
+
+class KVCache:
+    """Keys and values of all the tokens read so far, for B rows of up to C tokens, allocated once.
+
+    k, v: (L, B, H, C, D/H). `lengths` (B,): tokens that each row holds; what lies beyond is never attended to."""
+
+    def __init__(self, cfg: GPTConfig, rows: int, size: int, device="cpu", dtype=torch.float32):
+        shape = (cfg.n_layer, rows, cfg.n_head, size, cfg.d_model // cfg.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + MLP(LN(x)): GPT-2's pre-LN order, which keeps a clean residual path."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        D = cfg.d_model
+        self.n_head = cfg.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(D, eps=1e-5), nn.LayerNorm(D, eps=1e-5)
+        self.qkv, self.attn_out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp_in, self.mlp_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x, kv=None, start=None):
+        """x (B, T, D) -> (B, T, D). With kv = one layer's (k, v) of a cache, row b's tokens are at positions
+        start[b], start[b] + 1, ..., and attend to what that row of the cache holds before them."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(self.ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D/H)
+        if kv is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D/H)
+        else:
+            at = start[:, None] + torch.arange(T, device=x.device)  # (B, T) positions of the new tokens
+            rows = torch.arange(B, device=x.device)[:, None]  # (B, 1)
+            kv[0][rows, :, at] = k.transpose(1, 2)
+            kv[1][rows, :, at] = v.transpose(1, 2)
+            # A token sees the cache up to and including itself. Slots further right hold pads of a prefill or
+            # an earlier occupant's tokens: they are masked here and overwritten when the row gets there.
+            seen = torch.arange(kv[0].shape[2], device=x.device) <= at[:, None, :, None]  # (B, 1, T, C)
+            y = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=seen)  # (B, H, T, D/H)
+        x = x + self.attn_out(y.transpose(1, 2).reshape(B, T, D))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.ln_2(x)), approximate="tanh"))  # GPT-2 has the tanh GELU
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.positions = nn.Embedding(cfg.context, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.d_model, eps=1e-5)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # Each block adds two terms to the residual stream; this keeps its variance independent of depth.
+                scale = (2 * cfg.n_layer) ** -0.5 if name.endswith(("attn_out.weight", "mlp_out.weight")) else 1.0
+                # GPT-2 has 0.02 here, which is about 0.55 / sqrt(D) at its width. At the toy's width 0.02 leaves
+                # attention flat for hundreds of steps, and learning to copy a word takes more than twice as long.
+                nn.init.normal_(p, std=scale * cfg.d_model ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, ids, cache: KVCache | None = None):
+        """ids (B, T) -> hidden states after the last LayerNorm (B, T, D). Logits are a step of their own, because
+        most callers want them at a few positions only.
+
+        With a cache, row b's tokens follow the cache.lengths[b] it holds, and are added to it; the caller then
+        moves `lengths` on (by less than T where the row ends in pads). Without one, rows start at position 0."""
+        T = ids.shape[1]
+        assert T <= self.cfg.context, f"{T} tokens do not fit a context of {self.cfg.context}"
+        if cache is None:
+            at = torch.arange(T, device=ids.device)  # (T,)
+        else:
+            at = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+        x = self.embed(ids) + self.positions(at)  # (B, T, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x) if cache is None else block(x, (cache.k[i], cache.v[i]), cache.lengths)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """(..., D) -> (..., V) by the tied embedding, in float32: log-softmax in bf16 loses too much."""
+        return F.linear(hidden, self.embed.weight).float()
+
+
+def autocast(device):
+    """bf16 arithmetic on a GPU, plain float32 on the CPU. Log-softmax and losses are float32 in both."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
+
+
+def token_logprobs(model: GPT, hidden, targets, temperature=1.0, max_logits=2**24):
+    """Log-probs of given tokens, and the entropy of the distributions they were drawn from (both in nats).
+
+    hidden (N, D): states at the positions BEFORE the tokens (token t is predicted at t - 1); targets (N,).
+    -> (N,) log-probs, (N,) entropies, float32, differentiable.
+    `temperature` must be that of sampling, or ratio and KL compare different distributions.
+    The logits are made in chunks of at most `max_logits` numbers, and made again in the backward pass: for GPT-2
+    a batch of 16k tokens would otherwise hold 16k x 50k floats = 3.3 GB, several times over."""
+
+    def chunk(h, t):
+        logp = F.log_softmax(model.logits(h) / temperature, dim=-1)  # (n, V)
+        return logp.gather(1, t[:, None])[:, 0], -(logp.exp() * logp).sum(1)  # 2 x (n,)
+
+    n = max(1, max_logits // model.cfg.vocab_size)
+    if len(targets) <= n:
+        return chunk(hidden, targets)
+    parts = [checkpoint(chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, t)
+             for h, t in zip(hidden.split(n), targets.split(n))]
+    return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])  # 2 x (N,)
+
+
+def sample(logits, uniform, temperature=1.0):
+    """One token from each row of logits (B, V) by its own number in [0, 1), uniform (B,) -> ids (B,), log-probs (B,).
+
+    Inverting the cumulative distribution takes one random number a token. So the numbers can belong to the
+    sequence, and a response does not depend on what else is in the batch. No top-k or top-p: the log-probs that
+    PPO uses must be those of the distribution sampled from (fn 12: RLHF samples were also preferred without)."""
+    logp = F.log_softmax(logits.float() / temperature, dim=-1)  # (B, V)
+    cdf = logp.exp().cumsum(-1)  # (B, V); the last entry is 1 up to rounding, hence the scaling below
+    ids = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)  # (B,)
+    return ids, logp.gather(1, ids[:, None])[:, 0]

@@ -1,0 +1,295 @@
+"""PPO for language models: rollouts, the KL penalty, GAE, and the clipped update (HH §4.1, App. B.1).
+
+One response is one episode. Each of its tokens is an action; the state is everything before it; the only reward
+from outside comes at the end, the PM's score of the whole response. Read it in this order:
+
+  PPOConfig    every knob, with what the papers use
+  rollout      sample one response to each prompt
+  score        what PPO needs to know about them: log-probs, values, PM scores
+  advantages   rewards with the per-token KL penalty, GAE, whitening
+  update       K passes of clipped policy and value steps
+
+Legend:  N responses   P prompt tokens   R response tokens (columns of a rectangle)   S = P + R   D width
+Indexing, once and for all. Everything about responses is (N, R): column t is the response's t-th token.
+  logp[:, t]    log pi(token t | before), from the logits one position earlier
+  values[:, t]  V(s_t), the state BEFORE token t, so also read one position earlier
+  rewards[:, t] what choosing token t earned; the PM's score is in the last column that is kept
+  mask[:, t]    whether token t exists. The end-of-turn token is an action and is kept; nothing after it is.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from data import batches_by_length, pad
+from model import GPT, KVCache, autocast, sample, token_logprobs
+from pm import ScalarModel, score_rows
+
+
+class TrainingError(Exception):
+    """Training can't go on: a loss is not finite, or an invariant of PPO does not hold."""
+
+
+@dataclass
+class PPOConfig:
+    """Defaults are the toy's. HH = Bai et al. B.1, IG = Ouyang et al. C.4, OO = Gao et al. App. C."""
+    iterations: int = 50        # rollout + update; HH's runs saw some 2e5 responses (read off Fig. 16)
+    batch: int = 256            # responses an iteration (not stated in HH; IG 512, OO 256)
+    minibatch: int = 64         # responses a step (not stated in HH; IG 64, OO batch / 128)
+    passes: int = 1             # K over the same responses: HH 1 (2 robustness, 4 online), IG 1
+    max_response: int = 32      # tokens; HH 128, and 32 in the robustness studies
+    lr: float = 3e-4            # HH: 0.01 x the pretraining rate, over 1000 times more responses
+    critic_lr: float = 1e-3     # not stated in HH; IG has a rate of its own for the value network
+    warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses in the robustness studies)
+    clip: float = 0.2           # HH, IG, OO 0.2
+    value_clip: float = 0.2     # not stated in HH; the same as `clip` in OpenAI's RLHF code
+    kl_coef: float = 0.05       # HH lambda_KL = 0.001 a response of 128 tokens, IG beta = 0.02 a token, OO 0
+    gamma: float = 1.0          # HH, IG: no discount
+    gae_lambda: float = 0.95    # not stated in HH and IG; OO 0.95
+    max_grad_norm: float = 1.0  # not stated in HH and IG; the usual 1
+    temperature: float = 1.0    # IG 1; not stated in HH. Log-probs are taken at it too
+    unfinished_penalty: float = 1.0  # off the score when a response has no end-of-turn token (not stated in HH)
+    token_budget: int = 8192    # tokens a forward pass holds; changes memory and speed, not the result
+
+
+@dataclass
+class Rollouts:
+    """One response to each of N prompts. On the device of the models, but for `prompt_len` (a list as well)."""
+    tokens: torch.Tensor        # (N, S) prompt, response, pads
+    prompt_len: torch.Tensor    # (N,)
+    response_len: torch.Tensor  # (N,) at least 1; counts the end-of-turn token
+    finished: torch.Tensor      # (N,) bool: ended its turn before running out of room
+    logp: torch.Tensor          # (N, R) of the behaviour policy, as sampled
+
+    @property
+    def mask(self):
+        """(N, R) bool, by position and never by token id: an id equal to a pad's is still an action."""
+        return torch.arange(self.logp.shape[1], device=self.logp.device) < self.response_len[:, None]
+
+    @property
+    def lengths(self):
+        return self.prompt_len + self.response_len  # (N,)
+
+    @property
+    def actions(self):
+        """(N, R) the response's tokens; what stands where `mask` is False means nothing."""
+        at = self.prompt_len[:, None] + torch.arange(self.logp.shape[1], device=self.logp.device)
+        return self.tokens.gather(1, at.clamp(max=self.tokens.shape[1] - 1))
+
+    def rows(self, i) -> torch.Tensor:
+        """Token rows of some responses, padded no further than the longest of them."""
+        return self.tokens[i, : int(self.lengths[i].max())]
+
+    def responses(self) -> list[list[int]]:
+        return [t[p:p + r] for t, p, r in zip(*(x.tolist() for x in (self.tokens, self.prompt_len, self.response_len)))]
+
+
+# ------------------------------------------------------------------------------ rollout
+
+
+@torch.no_grad()
+def rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: int, temperature=1.0, slots=256) -> Rollouts:
+    """Sample one response to each prompt (ids), of at most R tokens.
+
+    uniforms (N, R) in [0, 1), on the CPU: row i is all the randomness of response i, so the response does not
+    depend on which others are sampled beside it (up to rounding).
+    Groups of `slots` prompts of like length are read at once (prefill) and then sampled together, a token a step,
+    with the keys and values of all earlier tokens in a cache."""
+    device, (N, R) = policy.embed.weight.device, uniforms.shape
+    lengths = [len(p) for p in prompts]
+    assert max(lengths) + R <= policy.cfg.context, "prompt + response must fit the context"
+    tokens = torch.zeros(N, max(lengths) + R, dtype=torch.long, device=device)
+    logp = torch.zeros(N, R, device=device)
+    response_len = torch.full((N,), R, device=device)
+    finished = torch.zeros(N, dtype=torch.bool, device=device)
+    order = sorted(range(N), key=lengths.__getitem__)
+    for start in range(0, N, slots):
+        group = torch.tensor(order[start:start + slots], device=device)
+        ids, prompt_len = (t.to(device) for t in pad([prompts[i] for i in group.tolist()]))  # (B, P), (B,)
+        B, P = ids.shape
+        u = uniforms[group.cpu()].to(device)  # (B, R)
+        tokens[group, :P] = ids
+        with autocast(device):
+            cache = KVCache(policy.cfg, B, P + R, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+            hidden = policy(ids, cache)[torch.arange(B, device=device), prompt_len - 1]  # (B, D) at the last prompt token
+            cache.lengths = prompt_len.clone()  # pads of shorter prompts lie beyond it and get overwritten
+            for t in range(R):
+                new, new_logp = sample(policy.logits(hidden), u[:, t], temperature)  # (B,), (B,)
+                running = ~finished[group]
+                tokens[group, prompt_len + t] = torch.where(running, new, 0)
+                logp[group, t] = torch.where(running, new_logp, 0.0)
+                stop = running & (new == end_of_turn)
+                response_len[group] = torch.where(stop, t + 1, response_len[group])
+                finished[group] |= stop
+                if finished[group].all() or t == R - 1:
+                    break
+                hidden = policy(new[:, None], cache)[:, 0]  # (B, D)
+                cache.lengths += 1
+    return Rollouts(tokens, torch.tensor(lengths, device=device), response_len, finished, logp)
+
+
+# ------------------------------------------------------------------------------ score
+
+
+def _at_states(hidden, ro: Rollouts, i):
+    """From row-aligned (B, S, ...) to response-aligned (B, R, ...): column t is the position before token t."""
+    R = ro.logp.shape[1]
+    at = ro.prompt_len[i][:, None] - 1 + torch.arange(R, device=hidden.device)  # (B, R)
+    at = at.clamp(max=hidden.shape[1] - 1)  # columns beyond a response; the mask hides them
+    return hidden[torch.arange(len(at), device=hidden.device)[:, None], at]
+
+
+def logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0):
+    """Log-probs and entropies (B, R) of responses i under a policy, by one full forward pass; 0 where masked.
+
+    The one function for old, new and reference log-probs: same temperature, same masks."""
+    hidden = _at_states(policy(ro.rows(i)), ro, i)  # (B, R, D)
+    mask = ro.mask[i]
+    targets = ro.actions[i][mask]  # (n,)
+    logp, entropy = token_logprobs(policy, hidden[mask], targets, temperature)  # only real tokens reach the softmax
+    zeros = torch.zeros(mask.shape, device=hidden.device)
+    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+
+
+def values(critic: ScalarModel, ro: Rollouts, i):
+    """V(s_t) of responses i, (B, R); 0 where masked."""
+    return _at_states(critic(ro.rows(i)), ro, i) * ro.mask[i]
+
+
+@torch.no_grad()
+def in_batches(function, ro: Rollouts, token_budget: int) -> torch.Tensor:
+    """Apply a function of row indices -> (B, R) to all responses -> (N, R), in batches sorted by length under a
+    token budget: no row is padded to the longest of all."""
+    out = torch.zeros_like(ro.logp)
+    for batch in batches_by_length(ro.lengths.tolist(), token_budget):
+        i = torch.tensor(batch, device=out.device)
+        with autocast(out.device):
+            out[i] = function(i).float()
+    return out
+
+
+def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig):
+    """(N,) the raw PM logit of each response, mean-shifted, less the penalty for not finishing.
+
+    The PM sees what it was trained on: prompt, response, its end-of-turn token if there is one, end-of-context."""
+    rows = [t[:n] + [end_of_context] for t, n in zip(ro.tokens.tolist(), ro.lengths.tolist())]
+    device = ro.tokens.device
+    return score_rows(pm, rows, cfg.token_budget, device).to(device)
+
+
+# ------------------------------------------------------------------------------ advantages
+
+
+def kl_estimates(logp, ref_logp):
+    """Two estimates of D_KL(pi || ref) at each token, from tokens sampled from pi; with d = log pi - log ref:
+    k1 = d (unbiased, may be negative), k3 = exp(-d) - 1 + d (unbiased, never negative). In nats.
+
+    Turned around, exp(d) - 1 - d is no KL at all. k1 is the one for the reward: the gradient of its expectation
+    is the gradient of the KL. k3 is logged beside it: a k1 that stays below 0 means that sampling and scoring
+    disagree (temperature, padding, dropout)."""
+    d = logp - ref_logp
+    return d, torch.exp(-d) - 1 + d
+
+
+def shaped_rewards(scores, logp, ref_logp, mask, kl_coef):
+    """(N, R): -lambda_KL * k1 at every token, plus the score on the last one (Eq. 4.1, spread over the tokens as in
+    IG §3.5; HH does not state whether it is). A row sums to score - lambda_KL * (its log-ratio to the reference)."""
+    rewards = -kl_coef * (logp - ref_logp) * mask  # (N, R)
+    last = mask.sum(1, keepdim=True) - 1  # (N, 1)
+    return rewards.scatter_add(1, last, scores[:, None])
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016) -> advantages, returns, both (N, R), 0 where masked.
+
+      delta_t = r_t + gamma * V(s_{t+1}) - V(s_t),   A_t = delta_t + gamma * lam * A_{t+1}
+    V is 0 after the last kept token: the episode is over. Returns A + V are what the critic learns; they must be
+    made before advantages are whitened. Masked entries of the inputs are never used, not even NaN ones."""
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
+    advantages, next_value, next_advantage = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def whiten(x, mask):
+    """Mean 0, variance 1 over the valid tokens of the whole batch; 0 where masked. One valid token gives 0."""
+    kept = x[mask]
+    return torch.where(mask, (x - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8), 0)
+
+
+# ------------------------------------------------------------------------------ update
+
+
+def policy_loss(logp, old_logp, advantages, clip):
+    """Token-wise -min(ratio * A, clip(ratio) * A), not averaged. ratio = pi / pi_old, one a token."""
+    ratio = torch.exp(logp - old_logp)
+    # No gradient where the ratio has already moved past 1 +- clip in the direction that A asks for.
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def value_loss(new_values, old_values, returns, clip):
+    """Token-wise 0.5 * max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the OLD value."""
+    clipped = old_values + (new_values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
+
+
+@dataclass
+class Experience:
+    """All that an update needs, (N, R) each."""
+    logp: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor
+
+
+def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experience, cfg: PPOConfig, generator,
+           where: str = "") -> dict:
+    """K passes over the responses in minibatches. Returns means over all tokens of what is worth watching.
+
+    A minibatch runs in length-sorted pieces under the token budget; each piece's loss is divided by the valid
+    tokens of the whole minibatch, so the gradient is that of one big batch. `where` names the iteration in errors."""
+    N, device = len(ro.tokens), ro.tokens.device
+    mask, totals, n_steps = ro.mask, {}, 0
+    tolerance = 1e-3 if device.type == "cpu" else 0.1  # float32; bf16 with other batch shapes
+    for k in range(cfg.passes):
+        for chosen in torch.randperm(N, generator=generator).split(cfg.minibatch):
+            n_tokens = mask[chosen.to(device)].sum().item()
+            optimizer.zero_grad(set_to_none=True)
+            first_step = n_steps == 0
+            stats = {}
+            for piece in batches_by_length(ro.lengths.cpu()[chosen].tolist(), cfg.token_budget):
+                i = chosen[piece].to(device)
+                m = mask[i]
+                with autocast(device):
+                    new_logp, entropy = logprobs(policy, ro, i, cfg.temperature)
+                    new_values = values(critic, ro, i)
+                pg = policy_loss(new_logp, ex.logp[i], ex.advantages[i], cfg.clip)[m].sum() / n_tokens
+                vf = value_loss(new_values, ex.values[i], ex.returns[i], cfg.value_clip)[m].sum() / n_tokens
+                if not torch.isfinite(pg + vf):
+                    raise TrainingError(f"{where}: the loss is not finite (policy {pg.item()}, value {vf.item()})")
+                (pg + vf).backward()  # two networks, so the sum of the losses needs no weights
+                with torch.no_grad():
+                    log_ratio = (new_logp - ex.logp[i])[m]
+                    ratio = log_ratio.exp()
+                    for name, x in dict(policy_loss=pg, value_loss=vf, entropy=entropy[m].sum() / n_tokens,
+                                        approx_kl=(ratio - 1 - log_ratio).sum() / n_tokens,  # k3 of old || new
+                                        clip_fraction=((ratio - 1).abs() > cfg.clip).sum() / n_tokens).items():
+                        stats[name] = stats.get(name, 0.0) + x.item()
+                    # Before the first step old and new policy are one. If their ratio isn't 1, then sampling,
+                    # padding, positions, temperature or dropout differ between the two passes: nothing PPO does
+                    # from here on would mean what it should.
+                    if first_step and (ratio - 1).abs().max() > tolerance:
+                        raise TrainingError(f"{where}: ratio {ratio.max().item():.4f} before the first step, not 1")
+            norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm).item()
+                     for net in (policy, critic)]
+            if not all(map(_finite, norms)):
+                raise TrainingError(f"{where}: a gradient is not finite")
+            optimizer.step()
+            n_steps += 1
+            for name, x in dict(stats, grad_norm=norms[0], critic_grad_norm=norms[1]).items():
+                totals[name] = totals.get(name, 0.0) + x
+    return {name: x / n_steps for name, x in totals.items()}

@@ -1,0 +1,223 @@
+"""What the three commands share: options, seeds, the output folder, checkpoints and the metrics file.
+
+Nothing here is about RLHF; a reader of the paper can skip it.
+"""
+import argparse
+import dataclasses
+import inspect
+import io
+import json
+import os
+import re
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+
+from data import Tokenizer, UserError, write_atomically
+from model import GPT, SIZES, GPTConfig
+from pm import ScalarModel
+from ppo import TrainingError
+
+
+@dataclass
+class RunConfig:
+    data: str = "toy"        # "toy", or a folder or .jsonl[.gz] file of comparisons in HH-RLHF's format
+    out: str = ""            # output folder (default: out/<name of the data>-<seed>)
+    size: str = "toy"        # of every model: toy, gpt2[-medium, -large, -xl], or the paper's 13M ... 52B
+    context: int = 0         # longest row in tokens (0: the toy's 192; 512 for real data)
+    tokenizer: str = "auto"  # "bpe" trains one on the data, "gpt2" is GPT-2's (auto: bpe for the toy, else gpt2)
+    seed: int = 0            # of everything: data, weights, sampling
+    device: str = "auto"     # "cpu", "cuda", ... (auto: a GPU if there is one)
+    resume: bool = False     # go on from the last checkpoint of a run that was stopped
+
+
+# ------------------------------------------------------------------------------ options
+
+
+def options(description: str, **stages) -> dict:
+    """Parse the command line into dataclasses. `stages` maps a prefix to a dataclass: field `lr` of rl=PPOConfig
+    becomes --rl.lr; the fields of `run` get no prefix. The comment behind a field is its help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for prefix, cls in stages.items():
+        group = parser.add_argument_group(prefix)
+        comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
+        for f in dataclasses.fields(cls):
+            kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+            group.add_argument(("--" if prefix == "run" else f"--{prefix}.") + f.name.replace("_", "-"), default=f.default,
+                               dest=f"{prefix}.{f.name}", help=comments[f.name].replace("%", "%%"), **kind)
+    given = vars(parser.parse_args())
+    return {prefix: cls(**{f.name: given[f"{prefix}.{f.name}"] for f in dataclasses.fields(cls)})
+            for prefix, cls in stages.items()}
+
+
+def main(command, description: str, **stages):
+    """Run a command; a mistake of the user's, or training that went wrong, ends it with one sentence."""
+    try:
+        command(**options(description, **stages))
+    except (UserError, TrainingError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command with --resume goes on from the last checkpoint")
+
+
+def rng(seed: int, *name) -> Random:
+    """A generator of its own for each use, named by what it is for: rng(0, "prompts", iteration). A run that is
+    resumed at iteration 30 then draws what it would have drawn, with no generator state to save."""
+    return Random(zlib.crc32(repr((seed, *name)).encode()))
+
+
+def torch_rng(seed: int, *name) -> torch.Generator:
+    return torch.Generator().manual_seed(rng(seed, *name).getrandbits(62))
+
+
+def choose_device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: PyTorch has no such device here; try cpu") from None
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def save(path: Path, **content):
+    """Write a checkpoint. Under a temporary name first, so that a full disk or a kill leaves the old one whole."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load(path: Path, device="cpu") -> dict:
+    """Read a checkpoint; nothing in it can run code (weights_only)."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # a truncated zip, a pickle with code, ...: torch raises many types
+        raise UserError(f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:80]})") from None
+
+
+def save_model(path: Path, model, tok: Tokenizer, **made_with):
+    """`made_with`: what the weights depend on; a later command refuses a checkpoint that was made otherwise."""
+    gpt = model.trunk if isinstance(model, ScalarModel) else model
+    save(path, model=model.state_dict(), config=dataclasses.asdict(gpt.cfg), tokenizer=tok.fingerprint,
+         made_with=made_with)
+
+
+def load_model(path: Path, kind, cfg: GPTConfig, tok: Tokenizer, device):
+    """The model in a checkpoint, frozen and in eval mode. `kind` is GPT or ScalarModel; `cfg` what is expected."""
+    saved = load(path)
+    if saved.get("tokenizer") != tok.fingerprint:
+        raise UserError(f"{path} was trained with another tokenizer; use another --out or delete it")
+    if saved.get("config") != dataclasses.asdict(cfg):
+        raise UserError(f"{path} holds a model of another shape ({saved.get('config')}) than asked for; "
+                        "use another --out or delete it")
+    model = GPT(cfg) if kind is GPT else ScalarModel(GPT(cfg))
+    try:
+        model.load_state_dict(saved["model"])
+    except (KeyError, RuntimeError):
+        raise UserError(f"{path} does not hold the weights of a {kind.__name__}") from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------ the output folder
+
+
+class Run:
+    """One output folder: config.json, tokenizer.json, metrics.jsonl and the checkpoints of each stage.
+
+    A stage keeps <stage>_state.pt while it trains and leaves <name>.pt when it is done."""
+    STAGES = ("lm", "pm", "rl")
+
+    def __init__(self, cfg: RunConfig):
+        if cfg.size not in SIZES:
+            raise UserError(f"--size {cfg.size}: choose one of {', '.join(SIZES)}")
+        if cfg.tokenizer not in ("auto", "bpe", "gpt2"):
+            raise UserError(f"--tokenizer {cfg.tokenizer}: choose auto, bpe or gpt2")
+        self.toy = cfg.data == "toy"
+        if not self.toy and not Path(cfg.data).exists():
+            raise UserError(f"--data {cfg.data}: no such file or folder")
+        if self.toy and cfg.tokenizer == "gpt2":
+            raise UserError("--tokenizer gpt2 is for real data; the toy world has its own small vocabulary")
+        self.cfg, self.seed, self.device = cfg, cfg.seed, choose_device(cfg.device)
+        self.context = cfg.context or (SIZES[cfg.size].context if self.toy else 512)
+        self.out = Path(cfg.out or f"out/{Path(cfg.data).resolve().name.split('.')[0] if not self.toy else 'toy'}-{cfg.seed}")
+        self.tok: Tokenizer | None = None  # train_lm makes it
+
+    def path(self, name: str) -> Path:
+        return self.out / name
+
+    def has(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def begin(self, stage: str, cfg) -> dict | None:
+        """Note a stage's options in config.json and return the state to go on from, if there is one to resume."""
+        known = self._read_config()
+        mine = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ("out", "device", "resume")}
+        if known.get("run", mine) != mine:
+            changed = [f"{k} {known['run'].get(k)!r}, now {v!r}" for k, v in mine.items() if known["run"].get(k) != v]
+            raise UserError(f"{self.out} was made with other options ({'; '.join(changed)}): use another --out or delete it")
+        state_path, state = self.path(f"{stage}_state.pt"), None
+        if self.cfg.resume and state_path.exists():
+            state = load(state_path, self.device)
+            if known.get(stage) != dataclasses.asdict(cfg):
+                raise UserError(f"{state_path} was made with other --{stage} options; use the same ones to resume it")
+        elif state_path.exists():
+            print(f"{state_path} is of a run that was stopped; without --resume this stage starts over")
+        write_atomically(self.path("config.json"), json.dumps(
+            {**known, "run": mine, stage: dataclasses.asdict(cfg)}, indent=2).encode())
+        return state
+
+    def _read_config(self) -> dict:
+        try:
+            return json.loads(self.path("config.json").read_text()) if self.has("config.json") else {}
+        except ValueError:
+            raise UserError(f"{self.path('config.json')} is not JSON; delete it or use another --out") from None
+
+    def end(self, stage: str):
+        self.path(f"{stage}_state.pt").unlink(missing_ok=True)
+
+    def model_config(self) -> GPTConfig:
+        return dataclasses.replace(SIZES[self.cfg.size], vocab_size=self.tok.n_vocab, context=self.context)
+
+    def rng(self, *name) -> Random:
+        return rng(self.seed, *name)
+
+    def torch_rng(self, *name) -> torch.Generator:
+        return torch_rng(self.seed, *name)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. All but `seconds` is the same when a run is repeated."""
+
+    def __init__(self, run: Run, stage: str, step: int):
+        """Go on from `step`: what this stage wrote for later steps (before it was killed), and what stages after it
+        wrote about an earlier model, is dropped."""
+        self.path, self.stage, self.start = run.path("metrics.jsonl"), stage, time.perf_counter()
+        later = Run.STAGES[Run.STAGES.index(stage) + 1:]
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                old = json.loads(line)
+            except ValueError:
+                continue  # the line during which the run was killed
+            if old["stage"] not in later and (old["stage"] != stage or old["step"] < step):
+                kept.append(line + "\n")
+        write_atomically(self.path, "".join(kept).encode())
+
+    def write(self, step: int, **numbers):
+        line = {"stage": self.stage, "step": step, **{k: round(v, 6) if isinstance(v, float) else v
+                                                      for k, v in numbers.items()},
+                "seconds": round(time.perf_counter() - self.start, 2)}
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None

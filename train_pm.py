@@ -1,0 +1,186 @@
+"""Stage 2, the preference model: comparisons, then a scalar head on the LM, trained for one epoch.
+
+    python train_pm.py                       # the toy world: replies sampled from the LM, labelled by crowdworkers
+    python train_pm.py --data path/to/hh-rlhf
+
+Runs stage 1 first where its checkpoint is missing. Leaves pm.pt in the output folder.
+"""
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import toy
+from data import (Comparison, UserError, batches_by_length, counts_line, encode_comparison, load_comparisons, pad,
+                  write_comparisons)
+from model import GPT, autocast
+from pm import ScalarModel, ranking_loss, report, score_rows
+from ppo import TrainingError, rollout
+from run import Metrics, Run, RunConfig, load_model, main, save, save_model
+from train_lm import LMConfig, ensure as ensure_lm
+
+
+@dataclass
+class PMConfig:
+    helpful: int = 6000         # toy: comparisons on helpful requests (HH static: 96k), ...
+    harmless: int = 3000        # ... and in red-teaming (HH static: 44k)
+    test: int = 1000            # toy: held-out comparisons of each kind
+    noise: float = 1.0          # toy: temperature of the crowdworkers' choices (0 is not allowed; 1: see toy.py)
+    max_response: int = 32      # toy: tokens of a sampled reply
+    lr: float = 1e-3            # HH: 0.01 x the LM's rate; constant, one epoch (App. A.2)
+    batch: int = 32             # comparisons a step (not stated in HH; IG 64 prompts)
+    warmup: int = 10            # steps (not stated in HH)
+    harmless_weight: float = 1.0  # lambda of L = L_helpful + lambda L_harmless (§5.1.2; 2 or 3 was best there)
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in HH)
+    token_budget: int = 8192    # tokens a forward pass holds; changes memory, not the result
+
+
+# ------------------------------------------------------------------------------ comparisons
+
+
+def collect(run: Run, cfg: PMConfig, lm: GPT, kind: str, split: str, n: int) -> list[Comparison]:
+    """Sample two replies to each of n toy prompts and let a crowdworker choose (§2.2).
+
+    Pairs that are the same text, or that hold a reply that didn't finish (it has no text form that says so),
+    are dropped and counted."""
+    rng = run.rng("comparisons", kind, split)
+    prompts = [toy.draw_prompt(rng, kind, held_out=split == "test") for _ in range(n)]
+    twice = [run.tok.encode_dialogue(p) for p in prompts for _ in "ab"]
+    uniforms = torch.rand(2 * n, cfg.max_response, generator=run.torch_rng("comparisons", kind, split))
+    replies = rollout(lm, twice, uniforms, run.tok.end_of_turn)
+    texts = [run.tok.decode(r) for r in replies.responses()]
+    done, counts, kept = replies.finished.tolist(), Counter(read=n), []
+    for i, prompt in enumerate(prompts):
+        a, b = texts[2 * i], texts[2 * i + 1]
+        if not (done[2 * i] and done[2 * i + 1]):
+            counts["unfinished reply"] += 1
+        elif not (a.strip() and b.strip()):
+            counts["empty reply"] += 1
+        elif a == b:
+            counts["identical pair"] += 1
+        else:
+            kept.append(toy.label(prompt, a, b, kind, rng, cfg.noise))
+    counts["kept"] = len(kept)
+    print(f"    sampled {kind} {split}: {counts_line(counts)}")
+    return kept
+
+
+def comparisons(run: Run, cfg: PMConfig, split: str) -> list[Comparison]:
+    """The comparisons of one split. The toy's are sampled and labelled on first use, and kept as HH-RLHF files."""
+    root = run.path("comparisons") if run.toy else run.cfg.data
+    if run.toy and not (root / "harmless-base" / f"{split}.jsonl").exists():
+        lm = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, run.device)
+        for kind in ("helpful", "harmless"):
+            n = getattr(cfg, kind) if split == "train" else cfg.test
+            write_comparisons(root / f"{kind}-base" / f"{split}.jsonl", collect(run, cfg, lm, kind, split, n))
+    found, counts = load_comparisons(root, split)
+    for subset, counter in counts.items() if not run.toy else ():
+        print(f"    {subset} {split}: {counts_line(counter)}")
+    return found
+
+
+def encode(run: Run, found: list[Comparison]) -> tuple[list[Comparison], list[list[int]], list[list[int]]]:
+    """Comparisons that fit the context, and their (chosen, rejected) rows of ids, each with end-of-context."""
+    kept, chosen, rejected = [], [], []
+    for c in tqdm(found, desc="encode", unit=" pairs", leave=False, delay=2):
+        ids = encode_comparison(run.tok, c, run.context)
+        if ids is not None:
+            prompt, a, b = ids
+            kept.append(c)
+            chosen.append(prompt + a + [run.tok.end_of_context])
+            rejected.append(prompt + b + [run.tok.end_of_context])
+    if len(kept) < len(found):
+        print(f"    dropped {len(found) - len(kept)} of {len(found)}: a reply longer than the context of {run.context}")
+    if not kept:
+        raise UserError(f"no comparison fits a context of {run.context} tokens; try a larger --context")
+    return kept, chosen, rejected
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def train(run: Run, cfg: PMConfig):
+    """Train the PM and leave pm.pt, or go on from pm_state.pt. Needs lm.pt."""
+    state, device, start = run.begin("pm", cfg), run.device, time.perf_counter()
+    if state is None and run.toy and not run.cfg.resume:  # comparisons of other options must not be mixed in
+        for old in run.path("comparisons").glob("*/*.jsonl"):
+            old.unlink()
+    print(f"[2] preference model: {'replies of the LM, labelled by crowdworkers' if run.toy else run.cfg.data}")
+    pairs, chosen, rejected = encode(run, comparisons(run, cfg, "train"))
+    test_pairs, test_chosen, test_rejected = encode(run, comparisons(run, cfg, "test"))
+    weights = torch.tensor([cfg.harmless_weight if c.kind == "harmless" else 1.0 for c in pairs])
+    # One epoch: each comparison is seen once. More overfits (IG C.2), and HH reads one as a data-scaling curve.
+    order = torch.randperm(len(pairs), generator=run.torch_rng("pm batches"))
+    batches = order.split(cfg.batch)
+
+    lm = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, device)
+    torch.manual_seed(run.rng("pm head").getrandbits(62))
+    pm = ScalarModel(lm).to(device).requires_grad_(True)
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    first = 0
+    if state:
+        pm.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    print(f"    {len(pairs):,} comparisons, {len(batches)} steps" + (f", from step {first}" if first else ""))
+    metrics = Metrics(run, "pm", first)
+    for step in tqdm(range(first, len(batches)), desc="train PM", unit="step", initial=first, total=len(batches), leave=False):
+        if step % 50 == 0 and step > first:
+            save(run.path("pm_state.pt"), step=step, model=pm.state_dict(), optimizer=optimizer.state_dict())
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup)
+        optimizer.zero_grad(set_to_none=True)
+        loss, accuracy = 0.0, 0.0
+        batch = batches[step].tolist()
+        longest = [max(len(chosen[i]), len(rejected[i])) for i in batch]
+        for piece in batches_by_length(longest, cfg.token_budget // 2):  # two rows a comparison
+            i = [batch[j] for j in piece]
+            ids, lengths = (t.to(device) for t in pad([chosen[j] for j in i] + [rejected[j] for j in i]))
+            with autocast(device):
+                scores = pm.score(ids, lengths)  # (2n,)
+            a, b = scores.chunk(2)
+            part = ranking_loss(a, b, weights[i].to(device)) * (weights[i].sum() / weights[batch].sum()).item()
+            part.backward()
+            loss, accuracy = loss + part.item(), accuracy + (a > b).sum().item() / len(batch)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise TrainingError(f"PM step {step}: the loss is {loss}; the last good checkpoint is kept")
+        torch.nn.utils.clip_grad_norm_(pm.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        if step % 10 == 0 or step == len(batches) - 1:
+            metrics.write(step, loss=loss, accuracy=accuracy)
+
+    pm.eval()
+    scores = [score_rows(pm, rows, cfg.token_budget, device) for rows in (test_chosen, test_rejected)]
+    margins = scores[0] - scores[1]
+    for kind in ("helpful", "harmless", "all"):
+        i = [j for j, c in enumerate(test_pairs) if kind in (c.kind, "all")]
+        if i:
+            r = report(margins[i], [test_pairs[j] for j in i])
+            print(f"    held-out {kind:8}: {r}")
+            metrics.write(len(batches), subset=kind, **vars(r))
+    pm.mean += torch.cat(scores).mean().to(device)  # App. B.2: scores are comparable once the mean is taken off
+    save_model(run.path("pm.pt"), pm, run.tok)
+    run.end("pm")
+    print(f"    -> {run.path('pm.pt')}  ({time.perf_counter() - start:.0f} s)")
+
+
+def ensure(run: Run, lm: LMConfig, cfg: PMConfig):
+    """What stage 3 calls: run the stages whose checkpoints are missing, and say so."""
+    ensure_lm(run, lm)
+    if run.has("pm.pt"):
+        print(f"[2] preference model: {run.path('pm.pt')} is there")
+    else:
+        print(f"[2] preference model: {run.path('pm.pt')} is missing, so it is trained first")
+        train(run, cfg)
+
+
+def command(run: RunConfig, lm: LMConfig, pm: PMConfig):
+    run = Run(run)
+    ensure_lm(run, lm)
+    train(run, pm)
+
+
+if __name__ == "__main__":
+    main(command, __doc__.split("\n")[0], run=RunConfig, lm=LMConfig, pm=PMConfig)
