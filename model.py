@@ -136,25 +136,32 @@ def autocast(device):
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
 
 
-def token_logprobs(model: GPT, hidden, targets, temperature=1.0, max_logits=2**24):
-    """Log-probs of given tokens, and the entropy of the distributions they were drawn from (both in nats).
+def token_logprobs(model: GPT, hidden, targets, temperature=1.0, max_logits=2**24, entropies=False):
+    """Log-probs of given tokens, in nats, float32.
 
     hidden (N, D): states at the positions BEFORE the tokens (token t is predicted at t - 1); targets (N,).
-    -> (N,) log-probs, (N,) entropies, float32, differentiable.
+    -> (N,) log-probs, differentiable; with `entropies`, also the (N,) entropies of the distributions they are from,
+    for the log line only, so without gradients.
     `temperature` must be that of sampling, or ratio and KL compare different distributions.
     The logits are made in chunks of at most `max_logits` numbers, and made again in the backward pass: for GPT-2
     a batch of 16k tokens would otherwise hold 16k x 50k floats = 3.3 GB, several times over."""
 
     def chunk(h, t):
+        return F.log_softmax(model.logits(h) / temperature, dim=-1).gather(1, t[:, None])[:, 0]  # (n,)
+
+    def chunk_entropy(h):
         logp = F.log_softmax(model.logits(h) / temperature, dim=-1)  # (n, V)
-        return logp.gather(1, t[:, None])[:, 0], -(logp.exp() * logp).sum(1)  # 2 x (n,)
+        return -(logp.exp() * logp).sum(1)  # (n,)
 
     n = max(1, max_logits // model.cfg.vocab_size)
     if len(targets) <= n:
-        return chunk(hidden, targets)
-    parts = [checkpoint(chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, t)
-             for h, t in zip(hidden.split(n), targets.split(n))]
-    return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])  # 2 x (N,)
+        logp = chunk(hidden, targets)
+    else:
+        logp = torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n))])
+    if not entropies:
+        return logp
+    with torch.no_grad():
+        return logp, torch.cat([chunk_entropy(h) for h in hidden.split(n)])
 
 
 def sample(logits, uniform, temperature=1.0):

@@ -5,8 +5,9 @@ from outside comes at the end, the PM's score of the whole response. Read it in 
 
   PPOConfig    every knob, with what the papers use
   rollout      sample one response to each prompt
-  score        what PPO needs to know about them: log-probs, values, PM scores
-  advantages   rewards with the per-token KL penalty, GAE, whitening
+  logprobs, values, pm_scores   what is known about a response
+  shaped_rewards, gae, whiten   from scores to advantages
+  experience   puts these together, and checks what must hold
   update       K passes of clipped policy and value steps
 
 Legend:  N responses   P prompt tokens   R response tokens (columns of a rectangle)   S = P + R   D width
@@ -16,10 +17,10 @@ Indexing, once and for all. Everything about responses is (N, R): column t is th
   rewards[:, t] what choosing token t earned; the PM's score is in the last column that is kept
   mask[:, t]    whether token t exists. The end-of-turn token is an action and is kept; nothing after it is.
 """
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from data import batches_by_length, pad
 from model import GPT, KVCache, autocast, sample, token_logprobs
@@ -139,16 +140,16 @@ def _at_states(hidden, ro: Rollouts, i):
     return hidden[torch.arange(len(at), device=hidden.device)[:, None], at]
 
 
-def logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0):
-    """Log-probs and entropies (B, R) of responses i under a policy, by one full forward pass; 0 where masked.
+def logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0, entropies=False):
+    """Log-probs (B, R) of responses i under a policy, by one full forward pass; 0 where masked. With `entropies`,
+    also those of the distributions (B, R).
 
     The one function for old, new and reference log-probs: same temperature, same masks."""
-    hidden = _at_states(policy(ro.rows(i)), ro, i)  # (B, R, D)
     mask = ro.mask[i]
-    targets = ro.actions[i][mask]  # (n,)
-    logp, entropy = token_logprobs(policy, hidden[mask], targets, temperature)  # only real tokens reach the softmax
-    zeros = torch.zeros(mask.shape, device=hidden.device)
-    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+    hidden = _at_states(policy(ro.rows(i)), ro, i)[mask]  # (n, D): only real tokens reach the softmax
+    out = token_logprobs(policy, hidden, ro.actions[i][mask], temperature, entropies=entropies)  # (n,) or two of them
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return tuple(zeros.masked_scatter(mask, x) for x in out) if entropies else zeros.masked_scatter(mask, out)
 
 
 def values(critic: ScalarModel, ro: Rollouts, i):
@@ -171,10 +172,10 @@ def in_batches(function, ro: Rollouts, token_budget: int) -> torch.Tensor:
 def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig):
     """(N,) the raw PM logit of each response, mean-shifted, less the penalty for not finishing.
 
-    The PM sees what it was trained on: prompt, response, its end-of-turn token if there is one, end-of-context."""
+    The PM sees what it was trained on: prompt, response with its end-of-turn token, end-of-context."""
     rows = [t[:n] + [end_of_context] for t, n in zip(ro.tokens.tolist(), ro.lengths.tolist())]
-    device = ro.tokens.device
-    return score_rows(pm, rows, cfg.token_budget, device).to(device)
+    scores = score_rows(pm, rows, cfg.token_budget, ro.tokens.device).to(ro.tokens.device)
+    return scores - cfg.unfinished_penalty * ~ro.finished
 
 
 # ------------------------------------------------------------------------------ advantages
@@ -221,6 +222,47 @@ def whiten(x, mask):
     return torch.where(mask, (x - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8), 0)
 
 
+@dataclass
+class Experience:
+    """All that an update needs, (N, R) each."""
+    logp: torch.Tensor        # of the policy before the update
+    values: torch.Tensor
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor
+
+
+def experience(policy, reference, critic, scores, ro: Rollouts, cfg: PPOConfig, where: str, first: bool):
+    """Steps 3 to 5 of an iteration: from responses and their scores (N,) to what the update needs, and statistics.
+
+    `where` names the iteration in errors; `first` says that the policy has not been updated yet."""
+    def logp_of(model):
+        return in_batches(lambda i: logprobs(model, ro, i, cfg.temperature), ro, cfg.token_budget)
+
+    # 3. Score. The old log-probs are made again by the forward pass that the update uses: those gathered while
+    #    sampling went through the cache, with other batch shapes, and differ by rounding.
+    mask, old, ref = ro.mask, logp_of(policy), logp_of(reference)
+    old_values = in_batches(lambda i: values(critic, ro, i), ro, cfg.token_budget)
+    exact = ro.tokens.device.type == "cpu"  # float32; bf16 on a GPU
+    gap = (ro.logp - old)[mask].abs().mean().item()
+    if gap > (1e-4 if exact else 5e-2):
+        raise TrainingError(f"{where}: log-probs at sampling and at scoring differ by {gap:.2g} nats a token")
+    k1, k3 = kl_estimates(old, ref)
+    if first and k1[mask].abs().mean() > (1e-5 if exact else 2e-2):
+        raise TrainingError(f"{where}: the KL to the initial policy isn't 0 before the first update")
+    # 4. Rewards: the score on the last token, the KL penalty on all.
+    rewards = shaped_rewards(scores, old, ref, mask, cfg.kl_coef)
+    total = scores - cfg.kl_coef * (k1 * mask).sum(1)  # (N,)
+    if not torch.allclose(rewards.sum(1), total, atol=1e-3):
+        raise TrainingError(f"{where}: rewards don't add up to score - KL penalty")
+    # 5. Advantages. Returns are made from them before whitening, or the critic would learn whitened ones.
+    advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.gae_lambda)
+    unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
+    stats = dict(score=scores.mean(), reward=total.mean(), kl=(k1 * mask).sum(1).mean(), kl_k3=(k3 * mask).sum(1).mean(),
+                 tokens=ro.response_len.float().mean(), finished=ro.finished.float().mean(),
+                 explained_variance=1 - unexplained)
+    return Experience(old, old_values, whiten(advantages, mask), returns), {k: v.item() for k, v in stats.items()}
+
+
 # ------------------------------------------------------------------------------ update
 
 
@@ -235,15 +277,6 @@ def value_loss(new_values, old_values, returns, clip):
     """Token-wise 0.5 * max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the OLD value."""
     clipped = old_values + (new_values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
-
-
-@dataclass
-class Experience:
-    """All that an update needs, (N, R) each."""
-    logp: torch.Tensor
-    values: torch.Tensor
-    advantages: torch.Tensor  # whitened
-    returns: torch.Tensor
 
 
 def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experience, cfg: PPOConfig, generator,
@@ -265,7 +298,7 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                 i = chosen[piece].to(device)
                 m = mask[i]
                 with autocast(device):
-                    new_logp, entropy = logprobs(policy, ro, i, cfg.temperature)
+                    new_logp, entropy = logprobs(policy, ro, i, cfg.temperature, entropies=True)
                     new_values = values(critic, ro, i)
                 pg = policy_loss(new_logp, ex.logp[i], ex.advantages[i], cfg.clip)[m].sum() / n_tokens
                 vf = value_loss(new_values, ex.values[i], ex.returns[i], cfg.value_clip)[m].sum() / n_tokens
@@ -286,7 +319,7 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                         raise TrainingError(f"{where}: ratio {ratio.max().item():.4f} before the first step, not 1")
             norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm).item()
                      for net in (policy, critic)]
-            if not all(map(_finite, norms)):
+            if not all(map(math.isfinite, norms)):
                 raise TrainingError(f"{where}: a gradient is not finite")
             optimizer.step()
             n_steps += 1

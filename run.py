@@ -45,7 +45,8 @@ def options(description: str, **stages) -> dict:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for prefix, cls in stages.items():
         group = parser.add_argument_group(prefix)
-        comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
+        source = "".join(inspect.getsource(c) for c in cls.__mro__[:-1])
+        comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
         for f in dataclasses.fields(cls):
             kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
             group.add_argument(("--" if prefix == "run" else f"--{prefix}.") + f.name.replace("_", "-"), default=f.default,

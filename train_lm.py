@@ -23,9 +23,9 @@ from run import Metrics, Run, RunConfig, main, save, save_model
 
 @dataclass
 class LMConfig:
-    documents: int = 80_000    # documents of the corpus, each seen once (real data: at most this many dialogues)
+    documents: int = 70_000    # documents of the corpus, each seen once (real data: at most this many dialogues)
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has its own 50257)
-    lr: float = 4e-3           # peak; linear warm-up, then half a cosine down to 0
+    lr: float = 5e-3           # peak; linear warm-up, then half a cosine down to 0
     warmup: int = 50           # steps
     step_tokens: int = 1280    # tokens a step
     weight_decay: float = 0.01  # on matrices only
@@ -62,7 +62,7 @@ def lm_loss(model: GPT, rows: list[list[int]], device) -> torch.Tensor:
     real = torch.arange(1, ids.shape[1], device=device) < lengths[:, None]  # (B, T - 1) targets that are no pads
     with autocast(device):
         hidden = model(ids[:, :-1])  # (B, T - 1, D): position t - 1 predicts token t
-        logp, _ = token_logprobs(model, hidden[real], ids[:, 1:][real])  # (n,)
+        logp = token_logprobs(model, hidden[real], ids[:, 1:][real])  # (n,)
     return -logp.mean()
 
 

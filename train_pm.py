@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import (Comparison, UserError, batches_by_length, counts_line, encode_comparison, load_comparisons, pad,
+from data import (HUMAN, Comparison, UserError, batches_by_length, counts_line, encode_comparison, load_comparisons, pad,
                   write_comparisons)
 from model import GPT, autocast
 from pm import ScalarModel, ranking_loss, report, score_rows
@@ -24,13 +24,13 @@ from train_lm import LMConfig, ensure as ensure_lm
 
 @dataclass
 class PMConfig:
-    helpful: int = 6000         # toy: comparisons on helpful requests (HH static: 96k), ...
-    harmless: int = 3000        # ... and in red-teaming (HH static: 44k)
+    helpful: int = 14000        # toy: comparisons on helpful requests (HH static: 96k), ...
+    harmless: int = 4000        # ... and in red-teaming (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices (0 is not allowed; 1: see toy.py)
     max_response: int = 32      # toy: tokens of a sampled reply
-    lr: float = 1e-3            # HH: 0.01 x the LM's rate; constant, one epoch (App. A.2)
-    batch: int = 32             # comparisons a step (not stated in HH; IG 64 prompts)
+    lr: float = 3e-4            # HH: 0.01 x the LM's rate; constant, one epoch (App. A.2)
+    batch: int = 16             # comparisons a step (not stated in HH; IG 64 prompts)
     warmup: int = 10            # steps (not stated in HH)
     harmless_weight: float = 1.0  # lambda of L = L_helpful + lambda L_harmless (§5.1.2; 2 or 3 was best there)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in HH)
@@ -118,6 +118,11 @@ def train(run: Run, cfg: PMConfig):
     lm = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, device)
     torch.manual_seed(run.rng("pm head").getrandbits(62))
     pm = ScalarModel(lm).to(device).requires_grad_(True)
+    # The LM has never seen the end-of-context token. It stands where the human's next turn would begin, and that
+    # is where an LM expects to read what the human thought of the reply: start it as that turn's marker.
+    with torch.no_grad():
+        embed = pm.trunk.embed.weight
+        embed[run.tok.end_of_context] = embed[run.tok.encode(HUMAN)].mean(0)
     optimizer = torch.optim.AdamW(pm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     first = 0
     if state:
