@@ -4,10 +4,11 @@ Nothing here is about RLHF; a reader of the paper can skip it.
 """
 import argparse
 import dataclasses
+import hashlib
 import inspect
 import io
 import json
-import os
+import math
 import re
 import sys
 import time
@@ -52,8 +53,16 @@ def options(description: str, **stages) -> dict:
             group.add_argument(("--" if prefix == "run" else f"--{prefix}.") + f.name.replace("_", "-"), default=f.default,
                                dest=f"{prefix}.{f.name}", help=comments[f.name].replace("%", "%%"), **kind)
     given = vars(parser.parse_args())
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and (
+                value > 0 or value == 0 and name.split(".")[1] in MAY_BE_ZERO or value is False)):
+            raise UserError(f"--{name.removeprefix('run.').replace('_', '-')} {value}: must be a number above 0")
     return {prefix: cls(**{f.name: given[f"{prefix}.{f.name}"] for f in dataclasses.fields(cls)})
             for prefix, cls in stages.items()}
+
+
+MAY_BE_ZERO = ("seed", "context", "warmup", "weight_decay", "kl_coef", "gamma", "gae_lambda", "unfinished_penalty",
+               "helpful", "harmless", "harmless_share", "harmless_weight")
 
 
 def main(command, description: str, **stages):
@@ -105,16 +114,22 @@ def load(path: Path, device="cpu") -> dict:
         raise UserError(f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:80]})") from None
 
 
-def save_model(path: Path, model, tok: Tokenizer, **made_with):
-    """`made_with`: what the weights depend on; a later command refuses a checkpoint that was made otherwise."""
+def save_model(path: Path, model, tok: Tokenizer, parent: Path | None = None):
+    """`parent`: the checkpoint that training started from. Its hash is kept, so that a model of another one is noticed."""
     gpt = model.trunk if isinstance(model, ScalarModel) else model
     save(path, model=model.state_dict(), config=dataclasses.asdict(gpt.cfg), tokenizer=tok.fingerprint,
-         made_with=made_with)
+         parent=_hash(parent) if parent else "")
 
 
-def load_model(path: Path, kind, cfg: GPTConfig, tok: Tokenizer, device):
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def load_model(path: Path, kind, cfg: GPTConfig, tok: Tokenizer, device, parent: Path | None = None):
     """The model in a checkpoint, frozen and in eval mode. `kind` is GPT or ScalarModel; `cfg` what is expected."""
     saved = load(path)
+    if parent and saved.get("parent") != _hash(parent):
+        raise UserError(f"{path} was not trained from the present {parent}; delete it to train a new one")
     if saved.get("tokenizer") != tok.fingerprint:
         raise UserError(f"{path} was trained with another tokenizer; use another --out or delete it")
     if saved.get("config") != dataclasses.asdict(cfg):
@@ -157,6 +172,13 @@ class Run:
 
     def has(self, name: str) -> bool:
         return self.path(name).exists()
+
+    def done(self, name: str, stage: str) -> bool:
+        """Whether --resume finds nothing to resume, because the stage's result `name` is there; says so."""
+        done = self.cfg.resume and self.has(name) and not self.has(f"{stage}_state.pt")
+        if done:
+            print(f"nothing to resume: {self.path(name)} is there, and this stage is complete")
+        return done
 
     def begin(self, stage: str, cfg) -> dict | None:
         """Note a stage's options in config.json and return the state to go on from, if there is one to resume."""

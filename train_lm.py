@@ -68,6 +68,8 @@ def lm_loss(model: GPT, rows: list[list[int]], device) -> torch.Tensor:
 
 def train(run: Run, cfg: LMConfig):
     """Train the LM and leave lm.pt, or go on from lm_state.pt."""
+    if run.done("lm.pt", "lm"):
+        return
     state = run.begin("lm", cfg)
     tok, device = make_tokenizer(run, cfg), run.device
     texts = corpus(run, cfg, "train")

@@ -103,6 +103,8 @@ def encode(run: Run, found: list[Comparison]) -> tuple[list[Comparison], list[li
 
 def train(run: Run, cfg: PMConfig):
     """Train the PM and leave pm.pt, or go on from pm_state.pt. Needs lm.pt."""
+    if run.done("pm.pt", "pm"):
+        return
     state, device, start = run.begin("pm", cfg), run.device, time.perf_counter()
     if state is None and run.toy and not run.cfg.resume:  # comparisons of other options must not be mixed in
         for old in run.path("comparisons").glob("*/*.jsonl"):
@@ -166,7 +168,7 @@ def train(run: Run, cfg: PMConfig):
             print(f"    held-out {kind:8}: {r}")
             metrics.write(len(batches), subset=kind, **vars(r))
     pm.mean += torch.cat(scores).mean().to(device)  # App. B.2: scores are comparable once the mean is taken off
-    save_model(run.path("pm.pt"), pm, run.tok)
+    save_model(run.path("pm.pt"), pm, run.tok, parent=run.path("lm.pt"))
     run.end("pm")
     print(f"    -> {run.path('pm.pt')}  ({time.perf_counter() - start:.0f} s)")
 

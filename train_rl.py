@@ -127,9 +127,11 @@ def side_by_side(prompts, before: list[str], after: list[str], n_each=4) -> str:
 
 def train(run: Run, cfg: RLConfig):
     """PPO. Leaves policy.pt, or goes on from rl_state.pt. Needs lm.pt and pm.pt."""
+    if run.done("policy.pt", "rl"):
+        return
     state, device, start = run.begin("rl", cfg), run.device, time.perf_counter()
     reference = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, device)  # frozen: the KL's anchor
-    pm = load_model(run.path("pm.pt"), ScalarModel, run.model_config(), run.tok, device)
+    pm = load_model(run.path("pm.pt"), ScalarModel, run.model_config(), run.tok, device, parent=run.path("lm.pt"))
     policy = copy.deepcopy(reference).requires_grad_(True)
     # The critic starts from the PM (IG C.4; HH does not say what its value network is), with a head of zeros.
     critic = ScalarModel(pm.trunk, zero_head=True).to(device).requires_grad_(True)
@@ -180,7 +182,7 @@ def train(run: Run, cfg: RLConfig):
     metrics.write(cfg.iterations + 1, **{f"eval_{k}": v for k, v in after.items()})
     dialogues = side_by_side(held_out, replies_before, replies_after)
     write_atomically(run.path("samples.txt"), dialogues.encode())
-    save_model(run.path("policy.pt"), policy, run.tok)
+    save_model(run.path("policy.pt"), policy, run.tok, parent=run.path("lm.pt"))
     run.end("rl")
     print(f"\n{dialogues}\n{table(before, after)}\n    -> {run.path('policy.pt')}  ({time.perf_counter() - start:.0f} s)")
 
