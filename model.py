@@ -126,8 +126,10 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., D) -> (..., V) by the tied embedding, in float32: log-softmax in bf16 loses too much."""
-        return F.linear(hidden, self.embed.weight).float()
+        """(..., D) -> (..., V) by the tied embedding, float32 also under autocast: a bf16 logit of -100 is rounded to
+        half a nat, and log-probs that are off by that much make ratio and KL noise."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.embed.weight.float())
 
 
 def autocast(device):

@@ -35,8 +35,10 @@ class ScalarModel(nn.Module):
         self.register_buffer("mean", torch.zeros(()))  # subtracted from every score; set once, after training
 
     def forward(self, ids):
-        """ids (B, T) -> (B, T), float32."""
-        return self.head(self.trunk(ids).float())[..., 0] - self.mean
+        """ids (B, T) -> (B, T), float32 also under autocast: in bf16 a score of 2 moves in steps of 1/64."""
+        hidden = self.trunk(ids).float()  # (B, T, D)
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.head(hidden)[..., 0] - self.mean
 
     def score(self, ids, lengths):
         """ids (B, T) padded on the right, lengths (B,) -> scores (B,), read on each row's last real token."""
@@ -72,7 +74,7 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z, p = 1.959964, hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 @dataclass

@@ -54,15 +54,19 @@ def options(description: str, **stages) -> dict:
                                dest=f"{prefix}.{f.name}", help=comments[f.name].replace("%", "%%"), **kind)
     given = vars(parser.parse_args())
     for name, value in given.items():
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and (
-                value > 0 or value == 0 and name.split(".")[1] in MAY_BE_ZERO or value is False)):
-            raise UserError(f"--{name.removeprefix('run.').replace('_', '-')} {value}: must be a number above 0")
+        field = name.split(".")[1]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = (0 if field in MAY_BE_ZERO else None), (1 if field in AT_MOST_ONE else math.inf)
+            if not math.isfinite(value) or value > high or value < 0 or (value == 0 and low is None):
+                raise UserError(f"--{name.removeprefix('run.').replace('_', '-')} {value}: must be a number "
+                                f"{'from' if low == 0 else 'above'} 0{' to 1' if high == 1 else ' on' if low == 0 else ''}")
     return {prefix: cls(**{f.name: given[f"{prefix}.{f.name}"] for f in dataclasses.fields(cls)})
             for prefix, cls in stages.items()}
 
 
 MAY_BE_ZERO = ("seed", "context", "warmup", "weight_decay", "kl_coef", "gamma", "gae_lambda", "unfinished_penalty",
-               "helpful", "harmless", "harmless_share", "harmless_weight")
+               "harmless_share", "harmless_weight")
+AT_MOST_ONE = ("gamma", "gae_lambda", "harmless_share")
 
 
 def main(command, description: str, **stages):
@@ -70,9 +74,11 @@ def main(command, description: str, **stages):
     try:
         command(**options(description, **stages))
     except (UserError, TrainingError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command with --resume goes on from the last checkpoint")
+        print("\nstopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def rng(seed: int, *name) -> Random:
@@ -89,9 +95,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)
-        return device
+        if device.type in ("cpu", "cuda"):
+            return device
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: PyTorch has no such device here; try cpu") from None
+        pass
+    raise UserError(f"--device {name}: not a CPU or CUDA device that PyTorch finds here; try cpu")
 
 
 # ------------------------------------------------------------------------------ checkpoints
@@ -107,11 +115,14 @@ def save(path: Path, **content):
 def load(path: Path, device="cpu") -> dict:
     """Read a checkpoint; nothing in it can run code (weights_only)."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # a truncated zip, a pickle with code, ...: torch raises many types
-        raise UserError(f"{path} is not a checkpoint of this project ({str(error).splitlines()[0][:80]})") from None
+        saved, why = None, (str(error).splitlines() or [type(error).__name__])[0][:80]
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is not a checkpoint of this project ({why if saved is None else type(saved).__name__})")
+    return saved
 
 
 def save_model(path: Path, model, tok: Tokenizer, parent: Path | None = None):
@@ -164,8 +175,16 @@ class Run:
             raise UserError("--tokenizer gpt2 is for real data; the toy world has its own small vocabulary")
         self.cfg, self.seed, self.device = cfg, cfg.seed, choose_device(cfg.device)
         self.context = cfg.context or (SIZES[cfg.size].context if self.toy else 512)
+        if self.context < 16:
+            raise UserError(f"--context {self.context}: too short for a dialogue; at least 16")
         self.out = Path(cfg.out or f"out/{Path(cfg.data).resolve().name.split('.')[0] if not self.toy else 'toy'}-{cfg.seed}")
         self.tok: Tokenizer | None = None  # train_lm makes it
+
+    def check_room(self, max_response: int):
+        """Responses of this length must leave room for a prompt (and for the end-of-context token)."""
+        if self.context - max_response - 1 < 16:
+            raise UserError(f"--context {self.context} leaves no room for a prompt beside responses of {max_response} "
+                            "tokens (max-response); make it longer")
 
     def path(self, name: str) -> Path:
         return self.out / name
@@ -181,28 +200,57 @@ class Run:
         return done
 
     def begin(self, stage: str, cfg) -> dict | None:
-        """Note a stage's options in config.json and return the state to go on from, if there is one to resume."""
-        known = self._read_config()
-        mine = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ("out", "device", "resume")}
+        """Check a stage's options against those that the folder was made with; return the state to go on from, if
+        there is one to resume."""
+        known, mine = self._read_config(), self._options()
         if known.get("run", mine) != mine:
-            changed = [f"{k} {known['run'].get(k)!r}, now {v!r}" for k, v in mine.items() if known["run"].get(k) != v]
+            changed = [f"{k} was {known['run'].get(k)!r}, now {v!r}" for k, v in mine.items() if known["run"].get(k) != v]
             raise UserError(f"{self.out} was made with other options ({'; '.join(changed)}): use another --out or delete it")
-        state_path, state = self.path(f"{stage}_state.pt"), None
-        if self.cfg.resume and state_path.exists():
-            state = load(state_path, self.device)
-            if known.get(stage) != dataclasses.asdict(cfg):
-                raise UserError(f"{state_path} was made with other --{stage} options; use the same ones to resume it")
-        elif state_path.exists():
-            print(f"{state_path} is of a run that was stopped; without --resume this stage starts over")
-        write_atomically(self.path("config.json"), json.dumps(
-            {**known, "run": mine, stage: dataclasses.asdict(cfg)}, indent=2).encode())
+        if self.cfg.resume and stage in known and (changed := self.changed(stage, cfg)):
+            raise UserError(f"{self.out} was begun with other options ({changed}): resume with the same ones")
+        path = self.path(f"{stage}_state.pt")
+        if not path.exists():
+            return None
+        if not self.cfg.resume:
+            print(f"{path} is of a run that was stopped; without --resume this stage starts over")
+            return None
+        state = load(path, self.device)
+        if state.get("stage") != stage:
+            raise UserError(f"{path} is not the state of a stopped {stage} stage; delete it to start over")
         return state
 
+    def record(self, stage: str, cfg):
+        """Note in config.json what a stage is made with; called once its data have been read without error."""
+        text = json.dumps({**self._read_config(), "run": self._options(), stage: dataclasses.asdict(cfg)}, indent=2)
+        write_atomically(self.path("config.json"), text.encode())
+
+    def changed(self, stage: str, cfg) -> str:
+        """How the options given now differ from those that a stage was made with, in words; "" if they don't."""
+        known = self._read_config().get(stage, {})
+        return "; ".join(f"--{stage}.{k.replace('_', '-')} was {known[k]}, now {v}"
+                         for k, v in dataclasses.asdict(cfg).items() if k in known and known[k] != v)
+
+    def reuse(self, name: str, stage: str, cfg) -> bool:
+        """Whether the result of an earlier stage is there to be used; says so, and what is ignored for that."""
+        if self.has(name):
+            changed = self.changed(stage, cfg)
+            print(f"{self.path(name)} is there and used as it is" + (f", in spite of {changed}" if changed else ""))
+        else:
+            print(f"{self.path(name)} is missing, so that stage runs first")
+        return self.has(name)
+
+    def _options(self) -> dict:
+        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ("out", "device", "resume")}
+
     def _read_config(self) -> dict:
+        if not self.has("config.json"):
+            return {}
         try:
-            return json.loads(self.path("config.json").read_text()) if self.has("config.json") else {}
-        except ValueError:
-            raise UserError(f"{self.path('config.json')} is not JSON; delete it or use another --out") from None
+            known = json.loads(self.path("config.json").read_text())
+            assert isinstance(known, dict) and all(isinstance(v, dict) for v in known.values())
+            return known
+        except (ValueError, AssertionError):
+            raise UserError(f"{self.path('config.json')} is not a config of this project; use another --out") from None
 
     def end(self, stage: str):
         self.path(f"{stage}_state.pt").unlink(missing_ok=True)
@@ -226,18 +274,18 @@ class Metrics:
         self.path, self.stage, self.start = run.path("metrics.jsonl"), stage, time.perf_counter()
         later = Run.STAGES[Run.STAGES.index(stage) + 1:]
         kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else ():
             try:
                 old = json.loads(line)
-            except ValueError:
+                if old["stage"] not in later and (old["stage"] != stage or old["step"] < step):
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
                 continue  # the line during which the run was killed
-            if old["stage"] not in later and (old["stage"] != stage or old["step"] < step):
-                kept.append(line + "\n")
         write_atomically(self.path, "".join(kept).encode())
 
     def write(self, step: int, **numbers):
-        line = {"stage": self.stage, "step": step, **{k: round(v, 6) if isinstance(v, float) else v
-                                                      for k, v in numbers.items()},
+        plain = {k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in numbers.items()}
+        line = {"stage": self.stage, "step": step, **plain,
                 "seconds": round(time.perf_counter() - self.start, 2)}
         try:
             with open(self.path, "a") as f:

@@ -11,19 +11,18 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import toy
 from data import Tokenizer, batches_by_length, counts_line, gpt2_tokenizer, load_comparisons, pad, train_bpe
 from model import GPT, autocast, token_logprobs
-from ppo import TrainingError
+from ppo import check_finite
 from run import Metrics, Run, RunConfig, main, save, save_model
 
 
 @dataclass
 class LMConfig:
-    documents: int = 70_000    # documents of the corpus, each seen once (real data: at most this many dialogues)
+    documents: int = 60_000    # documents of the corpus, each seen once (real data: at most this many dialogues)
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has its own 50257)
     lr: float = 5e-3           # peak; linear warm-up, then half a cosine down to 0
     warmup: int = 50           # steps
@@ -45,15 +44,9 @@ def corpus(run: Run, cfg: LMConfig, split: str) -> list[str]:
     return [c.prompt + c.chosen for c in comparisons][:cfg.documents]
 
 
-def make_tokenizer(run: Run, cfg: LMConfig) -> Tokenizer:
-    """The tokenizer of this output folder: read if it is there, else made and written."""
-    path = run.path("tokenizer.json")
-    if not path.exists():
-        name = run.cfg.tokenizer if run.cfg.tokenizer != "auto" else ("bpe" if run.toy else "gpt2")
-        tok = gpt2_tokenizer() if name == "gpt2" else train_bpe(corpus(run, cfg, "train")[:20_000], cfg.vocab)
-        tok.save(path)
-    run.tok = Tokenizer.load(path)
-    return run.tok
+def make_tokenizer(run: Run, cfg: LMConfig, texts: list[str]) -> Tokenizer:
+    name = run.cfg.tokenizer if run.cfg.tokenizer != "auto" else ("bpe" if run.toy else "gpt2")
+    return gpt2_tokenizer() if name == "gpt2" else train_bpe(texts[:20_000], cfg.vocab)
 
 
 def lm_loss(model: GPT, rows: list[list[int]], device) -> torch.Tensor:
@@ -71,8 +64,10 @@ def train(run: Run, cfg: LMConfig):
     if run.done("lm.pt", "lm"):
         return
     state = run.begin("lm", cfg)
-    tok, device = make_tokenizer(run, cfg), run.device
-    texts = corpus(run, cfg, "train")
+    texts, test_texts, device = corpus(run, cfg, "train"), corpus(run, cfg, "test"), run.device
+    tok = run.tok = Tokenizer.load(run.path("tokenizer.json")) if state else make_tokenizer(run, cfg, texts)
+    run.record("lm", cfg)
+    tok.save(run.path("tokenizer.json"))
     rows = [tok.encode_dialogue(t) for t in tqdm(texts, desc="encode", unit=" docs", leave=False, delay=2)]
     n_cut = sum(len(r) > run.context for r in rows)
     rows = [r[:run.context] for r in rows if len(r) > 1]
@@ -96,23 +91,22 @@ def train(run: Run, cfg: LMConfig):
     bar = tqdm(range(first, len(batches)), desc="train LM", unit="step", initial=first, total=len(batches), leave=False)
     for step in bar:
         if step % 200 == 0 and step > first:
-            save(run.path("lm_state.pt"), step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
+            save(run.path("lm_state.pt"), stage="lm", step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
         progress = step / len(batches)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * progress))
         loss = lm_loss(model, [rows[i] for i in batches[step]], device)
-        if not torch.isfinite(loss):
-            raise TrainingError(f"LM step {step}: the loss is {loss.item()}; the last good checkpoint is kept")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        check_finite(f"LM step {step}", loss=loss.item(), gradient=norm.item())
         optimizer.step()
         seen += sum(len(rows[i]) for i in batches[step])
         if step % 50 == 0 or step == len(batches) - 1:
             bar.set_postfix_str(f"loss {loss.item():.3f}, {seen / (time.perf_counter() - start):,.0f} tokens/s")
             metrics.write(step, loss=loss.item())
 
-    test_rows = [r[:run.context] for r in map(tok.encode_dialogue, corpus(run, cfg, "test")) if len(r) > 1]
+    test_rows = [r[:run.context] for r in map(tok.encode_dialogue, test_texts) if len(r) > 1]
     model.eval()
     with torch.no_grad():
         total = sum(lm_loss(model, [test_rows[i] for i in b], device).item() * sum(len(test_rows[i]) - 1 for i in b)
@@ -126,11 +120,9 @@ def train(run: Run, cfg: LMConfig):
 
 def ensure(run: Run, cfg: LMConfig):
     """What later stages call: train the LM if its checkpoint is missing, and say so."""
-    if run.has("lm.pt"):
-        print(f"[1] language model: {run.path('lm.pt')} is there")
-        make_tokenizer(run, cfg)
+    if run.reuse("lm.pt", "lm", cfg):
+        run.tok = Tokenizer.load(run.path("tokenizer.json"))
     else:
-        print(f"[1] language model: {run.path('lm.pt')} is missing, so it is trained first")
         train(run, cfg)
 
 

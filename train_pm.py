@@ -17,15 +17,15 @@ from data import (HUMAN, Comparison, UserError, batches_by_length, counts_line, 
                   write_comparisons)
 from model import GPT, autocast
 from pm import ScalarModel, ranking_loss, report, score_rows
-from ppo import TrainingError, rollout
+from ppo import check_finite, rollout
 from run import Metrics, Run, RunConfig, load_model, main, save, save_model
 from train_lm import LMConfig, ensure as ensure_lm
 
 
 @dataclass
 class PMConfig:
-    helpful: int = 14000        # toy: comparisons on helpful requests (HH static: 96k), ...
-    harmless: int = 4000        # ... and in red-teaming (HH static: 44k)
+    helpful: int = 9000         # toy: comparisons on helpful requests (HH static: 96k), ...
+    harmless: int = 3000        # ... and in red-teaming (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices (0 is not allowed; 1: see toy.py)
     max_response: int = 32      # toy: tokens of a sampled reply
@@ -106,12 +106,14 @@ def train(run: Run, cfg: PMConfig):
     if run.done("pm.pt", "pm"):
         return
     state, device, start = run.begin("pm", cfg), run.device, time.perf_counter()
-    if state is None and run.toy and not run.cfg.resume:  # comparisons of other options must not be mixed in
-        for old in run.path("comparisons").glob("*/*.jsonl"):
-            old.unlink()
+    if run.toy:
+        run.record("pm", cfg)
+        for old in run.path("comparisons").glob("*/*.jsonl") if not run.cfg.resume else ():
+            old.unlink()  # of another LM or other options
     print(f"[2] preference model: {'replies of the LM, labelled by crowdworkers' if run.toy else run.cfg.data}")
     pairs, chosen, rejected = encode(run, comparisons(run, cfg, "train"))
     test_pairs, test_chosen, test_rejected = encode(run, comparisons(run, cfg, "test"))
+    run.record("pm", cfg)
     weights = torch.tensor([cfg.harmless_weight if c.kind == "harmless" else 1.0 for c in pairs])
     # One epoch: each comparison is seen once. More overfits (IG C.2), and HH reads one as a data-scaling curve.
     order = torch.randperm(len(pairs), generator=run.torch_rng("pm batches"))
@@ -135,9 +137,9 @@ def train(run: Run, cfg: PMConfig):
     metrics = Metrics(run, "pm", first)
     for step in tqdm(range(first, len(batches)), desc="train PM", unit="step", initial=first, total=len(batches), leave=False):
         if step % 50 == 0 and step > first:
-            save(run.path("pm_state.pt"), step=step, model=pm.state_dict(), optimizer=optimizer.state_dict())
+            save(run.path("pm_state.pt"), stage="pm", step=step, model=pm.state_dict(), optimizer=optimizer.state_dict())
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / cfg.warmup)
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
         optimizer.zero_grad(set_to_none=True)
         loss, accuracy = 0.0, 0.0
         batch = batches[step].tolist()
@@ -151,9 +153,8 @@ def train(run: Run, cfg: PMConfig):
             part = ranking_loss(a, b, weights[i].to(device)) * (weights[i].sum() / weights[batch].sum()).item()
             part.backward()
             loss, accuracy = loss + part.item(), accuracy + (a > b).sum().item() / len(batch)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise TrainingError(f"PM step {step}: the loss is {loss}; the last good checkpoint is kept")
-        torch.nn.utils.clip_grad_norm_(pm.parameters(), cfg.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(pm.parameters(), cfg.max_grad_norm)
+        check_finite(f"PM step {step}", loss=loss, gradient=norm.item())
         optimizer.step()
         if step % 10 == 0 or step == len(batches) - 1:
             metrics.write(step, loss=loss, accuracy=accuracy)
@@ -176,15 +177,14 @@ def train(run: Run, cfg: PMConfig):
 def ensure(run: Run, lm: LMConfig, cfg: PMConfig):
     """What stage 3 calls: run the stages whose checkpoints are missing, and say so."""
     ensure_lm(run, lm)
-    if run.has("pm.pt"):
-        print(f"[2] preference model: {run.path('pm.pt')} is there")
-    else:
-        print(f"[2] preference model: {run.path('pm.pt')} is missing, so it is trained first")
+    if not run.reuse("pm.pt", "pm", cfg):
         train(run, cfg)
 
 
 def command(run: RunConfig, lm: LMConfig, pm: PMConfig):
     run = Run(run)
+    if run.toy:
+        run.check_room(pm.max_response)
     ensure_lm(run, lm)
     train(run, pm)
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import UserError, load_comparisons, write_atomically
+from data import load_comparisons, write_atomically
 from model import GPT
 from pm import ScalarModel
 from ppo import PPOConfig, experience, in_batches, kl_estimates, logprobs, pm_scores, rollout, update
@@ -40,9 +40,6 @@ class Prompts:
     def __init__(self, run: Run, cfg: RLConfig):
         self.run, self.room = run, run.context - cfg.max_response - 1  # 1: the PM adds its end-of-context token
         self.share, self.real = cfg.harmless_share, {}
-        if self.room < 16:
-            raise UserError(f"--context {run.context} leaves {self.room} tokens for a prompt beside responses of "
-                            f"{cfg.max_response} (--rl.max-response); make it longer")
         for split in ("train", "test") if not run.toy else ():
             found, _ = load_comparisons(run.cfg.data, split)
             self.real[split] = list(dict.fromkeys((c.prompt, c.kind) for c in found))
@@ -56,11 +53,9 @@ class Prompts:
         else:
             texts, kinds = zip(*rng.choices(self.real["test" if held_out else "train"], k=n))
         ids = [self.run.tok.encode_dialogue(t) for t in texts]
-        if self.run.toy and max(map(len, ids)) > self.room:
-            raise UserError(f"--context {self.run.context} is too short for a prompt of {max(map(len, ids))} tokens "
-                            f"and a response of {self.run.context - self.room - 1}; make it longer")
-        # A long real prompt loses its beginning, as it does for the PM (data.encode_comparison).
-        return list(texts), list(kinds), [i[-self.room:] for i in ids]
+        # A long real prompt loses its beginning, as it does for the PM (data.encode_comparison). The toy's must fit,
+        # because its ground truth reads all of it: `rollout` refuses one that does not.
+        return list(texts), list(kinds), ids if self.run.toy else [i[-self.room:] for i in ids]
 
 
 # ------------------------------------------------------------------------------ evaluation
@@ -75,12 +70,11 @@ def truth_rates(texts, kinds, replies) -> dict:
     """What the toy's ground truth says of the replies; the paper had no such thing."""
     def of(kind): return [(t, r) for t, k, r in zip(texts, kinds, replies) if k == kind]
     helpful, harmless = of("helpful"), of("harmless")
-    how_to = [(t, r) for t, r in helpful if toy.understand(t).skill.name == "benign task"]
     return dict(helpfulness=mean(toy.helpfulness(*x) for x in helpful),
                 harmlessness=mean(toy.harmlessness(*x) for x in harmless),
                 correct=mean(toy.judge(*x).correct for x in helpful),
                 complied=mean(toy.complied(*x) for x in harmless),
-                refused_benign=mean(toy.judge(*x).refused for x in how_to))
+                refused_benign=mean(toy.judge(*x).refused for x in helpful))
 
 
 def evaluate(run: Run, cfg: RLConfig, policy, reference, pm, prompts) -> tuple[dict, list[str]]:
@@ -104,7 +98,7 @@ def evaluate(run: Run, cfg: RLConfig, policy, reference, pm, prompts) -> tuple[d
 
 TABLE = dict(score_helpful="PM score, helpful prompts (logits)", score_harmless="PM score, red-team prompts (logits)",
              helpfulness="true helpfulness", harmlessness="true harmlessness", correct="correct answers",
-             complied="compliance with harmful requests", refused_benign="refusals of benign how-to requests",
+             complied="compliance with harmful requests", refused_benign="refusals of benign requests",
              kl="KL to the initial policy (nats)", sqrt_kl="sqrt(KL)", finished="finished responses",
              tokens="tokens a response")
 
@@ -147,7 +141,8 @@ def train(run: Run, cfg: RLConfig):
     source = Prompts(run, cfg)
     held_out = source.draw(cfg.eval_prompts * 3 // 2, True, "held out", share=1 / 3)
     before, replies_before = evaluate(run, cfg, reference, reference, pm, held_out)
-    metrics = Metrics(run, "rl", first)
+    run.record("rl", cfg)
+    metrics = Metrics(run, "rl", first + 1 if first else 0)  # line 0 is the evaluation before the first update
     if first == 0:
         metrics.write(0, **{f"eval_{k}": v for k, v in before.items()})
 
@@ -175,7 +170,7 @@ def train(run: Run, cfg: RLConfig):
             stats |= {f"eval_{k}": v for k, v in now.items()}
         metrics.write(done, **stats)
         if done % cfg.save_every == 0 and done < cfg.iterations:
-            save(run.path("rl_state.pt"), iteration=done, policy=policy.state_dict(), critic=critic.state_dict(),
+            save(run.path("rl_state.pt"), stage="rl", iteration=done, policy=policy.state_dict(), critic=critic.state_dict(),
                  optimizer=optimizer.state_dict())
 
     after, replies_after = evaluate(run, cfg, policy, reference, pm, held_out)
@@ -198,6 +193,7 @@ def log_line(iteration: int, s: dict, seconds: float) -> str:
 
 def command(run: RunConfig, lm: LMConfig, pm: PMConfig, rl: RLConfig):
     run = Run(run)
+    run.check_room(max(rl.max_response, pm.max_response if run.toy else 0))
     ensure(run, lm, pm)
     train(run, rl)
 

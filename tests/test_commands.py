@@ -38,7 +38,7 @@ ROOT = Path(train_rl.__file__).resolve().parent
 SCRIPTS = ["train_lm.py", "train_pm.py", "train_rl.py"]
 ENV = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 # Batches so small that the LM takes more than 200 steps and the PM more than 50: each then saves its state once.
-LM = "--lm.documents 500 --lm.step-tokens 128 --lm.vocab 640".split()
+LM = "--lm.documents 360 --lm.step-tokens 128 --lm.vocab 640".split()
 PM = "--pm.helpful 60 --pm.harmless 30 --pm.test 15 --pm.batch 1".split()
 RL = ("--rl.iterations 4 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 --rl.save-every 1 "
       "--rl.max-response 12").split()
@@ -169,17 +169,19 @@ def test_rl_from_an_empty_folder_runs_all_stages(trained):
     assert [line["step"] for line in lines if line["stage"] == "rl"] == [0, 1, 2, 3, 4, 5]
     steps = {stage: [line["step"] for line in lines if line["stage"] == stage] for stage in ("lm", "pm", "rl")}
     assert all(s == sorted(s) for s in steps.values())
-    assert steps["lm"][-1] > 250 and steps["pm"][-1] > 60  # or the tests of kills below would not test what they say
+    assert steps["lm"][-1] > 210 and steps["pm"][-1] > 60  # or the tests of kills below would not test what they say
     config = json.loads((out / "config.json").read_text())
-    assert config["lm"]["documents"] == 500 and config["rl"]["iterations"] == 4 and config["run"]["seed"] == 0
+    assert config["lm"]["documents"] == 360 and config["rl"]["iterations"] == 4 and config["run"]["seed"] == 0
 
 
 @bug("NaN is written where a mean is over nothing")
-def test_metrics_are_strict_json(trained):
-    """NaN is no JSON: jq, pandas with ujson, JavaScript and others stop at it."""
+def test_metrics_are_strict_json(copy, call):
+    """NaN is no JSON: jq, JavaScript and others stop at it. One held-out prompt leaves the other kind without a mean."""
     def refuse(name):
         raise AssertionError(f"{name} in metrics.jsonl")
-    for line in (trained[0] / "metrics.jsonl").read_text().splitlines():
+    out = copy("policy.pt")
+    assert call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--rl.eval-prompts", 1, "--rl.iterations", 1).code == 0
+    for line in (out / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
 
 
@@ -192,13 +194,12 @@ def test_the_closing_table_says_what_metrics_say(trained):
             assert written is None or written != written or abs(float(printed) - written) < 6e-4, title
 
 
-def test_stages_that_are_there_are_not_run_again(copy, call):
+def test_stages_that_are_there_are_not_run_again(trained, copy, call):
+    """Also with --resume, when the last stage has not begun and there is nothing to resume."""
     out = copy("policy.pt")
-    before = files(out)
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"])
+    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--resume")
     assert result.code == 0 and result.out.count("is there") == 2 and "trained first" not in result.out
-    after = files(out)
-    assert before["lm.pt"] == after["lm.pt"] and before["pm.pt"] == after["pm.pt"]
+    assert_same_run(trained[0], out)
 
 
 # ------------------------------------------------------------------------------ (2) repeating
@@ -316,12 +317,6 @@ def test_killed_and_not_resumed_starts_the_stage_over(trained, copy, call, monke
     assert_same_run(trained[0], out)
 
 
-def test_resume_with_nothing_to_resume(trained, copy, call):
-    out = copy("policy.pt")
-    assert call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--resume").code == 0
-    assert_same_run(trained[0], out)
-
-
 def test_resume_with_other_options_is_refused(copy, call, monkeypatch):
     out = copy("policy.pt")
     with monkeypatch.context() as patch:
@@ -354,7 +349,8 @@ def test_resume_does_not_mix_in_comparisons_of_other_options(copy, call, monkeyp
 def test_other_options_of_a_finished_stage_are_not_ignored_in_silence(copy, call, script, option, value):
     """lm.pt and pm.pt are there, made with other options than now asked for: say so, or make them anew."""
     out = copy(*FINAL[SCRIPTS.index(script):])
-    result = call(script, "--out", out, *SMALL[script], option, value)
+    small = [*SMALL[script], *("--lm.documents 60".split() if script == "train_lm.py" else ())]
+    result = call(script, "--out", out, *small, option, value)
     if option == "--lm.vocab" and result.code == 0:
         assert len(json.loads((out / "tokenizer.json").read_text())["tokens"]) + 2 == value
     else:
@@ -365,8 +361,8 @@ def test_other_options_of_a_finished_stage_are_not_ignored_in_silence(copy, call
 def test_a_new_lm_makes_the_old_pm_invalid(copy, call):
     """train_lm.py over a finished folder: pm.pt was made from, and for, another LM."""
     out = copy("policy.pt")
-    assert call("train_lm.py", "--out", out, *SMALL["train_lm.py"], "--lm.lr", 1e-3).code == 0
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--lm.lr", 1e-3)
+    assert call("train_lm.py", "--out", out, *SMALL["train_lm.py"], "--lm.documents", 50).code == 0
+    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--lm.documents", 50)
     assert result.code or "pm.pt is there" not in result.out, result.out[:400]
 
 
@@ -478,8 +474,8 @@ def test_a_data_mistake_can_be_mended_in_place(tmp_path, call):
 
 @pytest.mark.parametrize("option, value, words", [
     ("--size", "7B", "toy gpt2 13M"), ("--tokenizer", "word", "bpe gpt2"), ("--device", "nosuch", "cpu"),
-    ("--device", "cuda:99", "cpu"), pytest.param("--device", "meta", "cpu", marks=bug("RuntimeError of autocast")), ("--device", "mps", "cpu"),
-    ("--tokenizer", "gpt2", "toy"),
+    ("--device", "cuda:99", "cpu"), ("--device", "mps", "cpu"),
+    pytest.param("--device", "meta", "cpu", marks=bug("RuntimeError of autocast")), ("--tokenizer", "gpt2", "toy"),
     ("--context", "-5", "-5")])
 def test_unknown_choice(tmp_path, call, option, value, words):
     result = call("train_rl.py", option, value, "--out", tmp_path / "out", *SMALL["train_rl.py"])
@@ -548,10 +544,11 @@ def test_zero_is_a_number(copy, tmp_path, call, script, option):
     assert (out / FINAL[SCRIPTS.index(script)]).exists()
 
 
-@pytest.mark.parametrize("context", [24, 40, 60])
+@pytest.mark.parametrize("context", [30, 60])
 @bug("AssertionError in rollout")
 def test_context_too_short_for_the_toy_prompts(tmp_path, call, context):
-    result = call("train_rl.py", "--out", tmp_path / "out", *SMALL["train_rl.py"], "--context", context)
+    result = call("train_rl.py", "--out", tmp_path / "out", *SMALL["train_rl.py"], "--lm.documents", 60,
+                  "--context", context)
     assert_one_sentence(result, f"--context {context}")
     assert not (tmp_path / "out" / "lm.pt").exists()  # the sizes are known before anything is trained
 
@@ -634,7 +631,9 @@ def test_broken_checkpoint(copy, call, script, name):
     assert not wrong
 
 
-@pytest.mark.parametrize("script, name", [("train_pm.py", "lm.pt"), ("train_rl.py", "pm.pt"), ("train_rl.py", "rl_state.pt")])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("script, name", [
+    ("train_pm.py", "lm.pt"), ("train_rl.py", "pm.pt"), ("train_rl.py", "rl_state.pt")])
 def test_code_in_a_checkpoint_is_not_run(copy, tmp_path, call, script, name):
     out = copy(*FINAL[SCRIPTS.index(script):])
     for save in (lambda x, p: torch.save(x, p), lambda x, p: p.write_bytes(pickle.dumps(x))):
@@ -723,7 +722,7 @@ def test_full_disk_keeps_the_last_checkpoint(copy, call, monkeypatch, name):
     # A shorter LM run: only whether it ends well matters here.
     with monkeypatch.context() as patch:
         fill_disk(patch, name, 1)
-        result = call(script, "--out", out, *SMALL[script], "--lm.documents", 50 if name == "lm.pt" else 500)
+        result = call(script, "--out", out, *SMALL[script], "--lm.documents", 50 if name == "lm.pt" else 360)
     assert_one_sentence(result, out / name, "No space left")
     assert (out / name).read_bytes() == before
 
@@ -788,7 +787,7 @@ def test_nan_in_rl(trained, copy, call, monkeypatch, name):
 
 @pytest.mark.parametrize("stage, step", [
     *(pytest.param(*case, marks=bug("LM and PM look at the loss only, so NaN weights are noticed a step late, or saved"))
-      for case in [("lm", 10), ("lm", 199), ("pm", 5), ("pm", 49), ("pm", -1)]), ("rl", 3), ("rl", 7)])
+      for case in [("lm", 199), ("pm", 5), ("pm", 49), ("pm", -1)]), ("rl", 3), ("rl", 7)])
 def test_nan_gradients_never_reach_a_checkpoint(copy, call, monkeypatch, stage, step):
     """The loss is finite, its gradient is not (an overflow in the backward pass). The weights that this spoils must
     not be saved: neither as the next state (after steps 199 and 49), nor as the result (the last step)."""

@@ -123,7 +123,6 @@ def test_the_mean_shifts_every_score_and_is_saved(pm):
     assert torch.equal(score_rows(other, rows), after)
 
 
-@pytest.mark.xfail(strict=True, reason="autocast makes the head's linear layer bf16, although its input is float32")
 def test_scores_are_float32_under_autocast(pm):
     """In bf16 a score near 2 would move in steps of 1/64, and so would the critic's values."""
     with torch.autocast("cpu", dtype=torch.bfloat16):

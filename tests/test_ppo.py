@@ -182,7 +182,7 @@ def test_a_response_stops_at_end_of_turn_and_keeps_it():
     uniforms = torch.full((6, 5), 1 - 2 ** -24)
     for n, stop in enumerate(stops):
         if stop is not None:
-            uniforms[n, stop:] = 0.0
+            uniforms[n, stop:stop + 1 + n] = 0.0  # some rows would go on with more ends of turn, some with 15s
     prompts = random_prompts(6, 1)
     for slots in (2, 256):
         ro = rollout(net, prompts, uniforms, end_of_turn=0, slots=slots)
@@ -562,7 +562,7 @@ class Recorder(torch.optim.SGD):
 
     def __init__(self, policy, critic, shove=0.0):
         super().__init__([*policy.parameters(), *critic.parameters()], lr=1.0)
-        self.nets, self.shove, self.steps = (policy, critic), shove, []
+        self.nets, self.shove, self.steps, self.shapes = (policy, critic), shove, [], []
 
     def step(self):
         self.steps.append([torch.cat([p.grad.flatten() for p in net.parameters()]) for net in self.nets])
@@ -582,6 +582,7 @@ def recorded(world, cfg, ro=None, ex=None, shove=0.0, seed=0):
     """Run `update` on copies -> (Recorder, statistics)."""
     policy, critic = copy.deepcopy(world.policy), copy.deepcopy(world.critic)
     recorder = Recorder(policy, critic, shove)
+    policy.register_forward_pre_hook(lambda _, inputs: recorder.shapes.append(inputs[0].shape))
     stats = update(policy, critic, recorder, ro or world.ro, ex or prepared(world, cfg), cfg,
                    torch.Generator().manual_seed(seed), "iteration 7")
     return recorder, stats
@@ -675,6 +676,8 @@ def test_pieces_give_the_gradient_of_one_batch(world):
         for a, b in zip(whole.steps, pieces.steps):
             close(b, a, 1e-6)
         assert piece_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
+        assert len(pieces.shapes) > len(whole.shapes) == 2
+        assert all(rows * width <= token_budget or rows == 1 for rows, width in pieces.shapes)
 
 
 def test_each_response_is_used_once_a_pass(world):
@@ -704,13 +707,13 @@ def test_number_of_steps(world, batch, minibatch, passes):
 
 
 def test_pads_change_no_statistic_and_no_gradient(world):
-    """Larger rectangles, random tokens after each response, and a million in every masked slot."""
+    """Larger rectangles, random tokens after each response, and a stray number in every masked slot."""
     cfg = replace(PPOConfig(), passes=2, minibatch=24, **OPEN)
     wide = widened(world.ro, 13)
     exs, stats = zip(*(experience(world.policy, world.reference, world.critic, world.scores, ro, cfg, "", first=False)
                        for ro in (world.ro, wide)))
     assert stats[1] == pytest.approx(stats[0], rel=1e-4, abs=1e-6)
-    poisoned = Experience(**{name: F.pad(x, (0, 13)).masked_fill(~wide.mask, 1e6) for name, x in vars(exs[0]).items()})
+    poisoned = Experience(**{name: F.pad(x, (0, 13)).masked_fill(~wide.mask, -7.0) for name, x in vars(exs[0]).items()})
     plain, plain_stats = recorded(world, cfg, ex=exs[0], shove=0.03)
     for ex in (exs[1], poisoned):
         padded, padded_stats = recorded(world, cfg, ro=wide, ex=ex, shove=0.03)
@@ -777,7 +780,7 @@ def test_a_first_ratio_that_is_not_1_stops_the_run(world):
     # One token is enough.
     one = ex.logp.clone()
     one[17, 0] -= 0.01
-    fails(world, cfg, "iteration 7.*ratio", logp=one)
+    fails(world, PPOConfig(), "iteration 7.*ratio", logp=one)
     # Before the first step only: later ones are meant to differ.
     _, stats = recorded(world, replace(cfg, passes=2, minibatch=24), ex=ex, shove=0.05)
     assert stats["clip_fraction"] > 0.05
