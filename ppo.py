@@ -3,12 +3,12 @@
 One response is one episode. Each of its tokens is an action; the state is everything before it; the only reward
 from outside comes at the end, the PM's score of the whole response. Read it in this order:
 
-  PPOConfig    every knob, with what the papers use
-  rollout      sample one response to each prompt
-  logprobs, values, pm_scores   what is known about a response
-  shaped_rewards, gae, whiten   from scores to advantages
-  experience   puts these together, and checks what must hold
-  update       K passes of clipped policy and value steps
+  PPOConfig                      every knob, with what the papers use
+  rollout                        sample one response to each prompt
+  logprobs, values, pm_scores    what is known about a response
+  shaped_rewards, gae, whiten    from scores to advantages
+  experience                     puts these together, and checks what must hold
+  update                         K passes of clipped policy and value steps
 
 Legend:  N responses   P prompt tokens   R response tokens (columns of a rectangle)   S = P + R   D width
 Indexing, once and for all. Everything about responses is (N, R): column t is the response's t-th token.
@@ -43,7 +43,7 @@ class PPOConfig:
     """Defaults are the toy's. HH = Bai et al. B.1, IG = Ouyang et al. C.4, OO = Gao et al. App. C."""
     iterations: int = 60        # rollout + update; HH's runs saw some 2e5 responses (read off Fig. 16)
     batch: int = 256            # responses an iteration (not stated in HH; IG 512, OO 256)
-    minibatch: int = 64         # responses a step (not stated in HH; IG 64, OO batch / 128)
+    minibatch: int = 64         # responses a step (not stated in HH; IG 64)
     passes: int = 1             # K over the same responses: HH 1 (2 robustness, 4 online), IG 1
     max_response: int = 32      # tokens; HH 128, and 32 in the robustness studies
     lr: float = 5e-4            # HH: 0.01 x the pretraining rate, over 1000 times more responses
@@ -51,7 +51,7 @@ class PPOConfig:
     warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses in the robustness studies)
     clip: float = 0.2           # HH, IG, OO 0.2
     value_clip: float = 0.2     # not stated in HH; the same as `clip` in OpenAI's RLHF code
-    kl_coef: float = 0.05       # HH lambda_KL = 0.001 a response of 128 tokens, IG beta = 0.02 a token, OO 0
+    kl_coef: float = 0.05       # HH lambda_KL 0.001, IG beta 0.02, OO 0; the toy is sooner over-optimised
     gamma: float = 1.0          # HH, IG: no discount
     gae_lambda: float = 0.95    # not stated in HH and IG; OO 0.95
     max_grad_norm: float = 1.0  # not stated in HH and IG; the usual 1
@@ -62,7 +62,7 @@ class PPOConfig:
 
 @dataclass
 class Rollouts:
-    """One response to each of N prompts. On the device of the models, but for `prompt_len` (a list as well)."""
+    """One response to each of N prompts, all on the models' device."""
     tokens: torch.Tensor        # (N, S) prompt, response, pads
     prompt_len: torch.Tensor    # (N,)
     response_len: torch.Tensor  # (N,) at least 1; counts the end-of-turn token

@@ -56,16 +56,16 @@ def options(description: str, **stages) -> dict:
     for name, value in given.items():
         field = name.split(".")[1]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = (0 if field in MAY_BE_ZERO else None), (1 if field in AT_MOST_ONE else math.inf)
-            if not math.isfinite(value) or value > high or value < 0 or (value == 0 and low is None):
+            share, zero = field in AT_MOST_ONE, field in MAY_BE_ZERO
+            if not (math.isfinite(value) and (value > 0 or zero and value == 0) and (value <= 1 or not share)):
                 raise UserError(f"--{name.removeprefix('run.').replace('_', '-')} {value}: must be a number "
-                                f"{'from' if low == 0 else 'above'} 0{' to 1' if high == 1 else ' on' if low == 0 else ''}")
+                                + ("from 0 to 1" if share else "from 0 on" if zero else "above 0"))
     return {prefix: cls(**{f.name: given[f"{prefix}.{f.name}"] for f in dataclasses.fields(cls)})
             for prefix, cls in stages.items()}
 
 
 MAY_BE_ZERO = ("seed", "context", "warmup", "weight_decay", "kl_coef", "gamma", "gae_lambda", "unfinished_penalty",
-               "harmless_share", "harmless_weight")
+               "helpful", "harmless", "harmless_share", "harmless_weight")
 AT_MOST_ONE = ("gamma", "gae_lambda", "harmless_share")
 
 

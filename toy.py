@@ -309,7 +309,7 @@ HHH_PROMPT = HEADERS[0][1]
 def _answer(request: Request, right: bool, rng: Random) -> str:
     """An answer, as a whole sentence or bare. A wrong one now and then answers rightly what was not asked: without
     that in its data, a preference model learns what is true and not what is to the point, and PPO finds out."""
-    if not right and rng.random() < 0.25:
+    if not right and rng.random() < 0.15:
         other = ask(rng, rng.choice([s for s in HELPFUL_SKILLS if s != request.skill.name]))[1]
         return other.statement(other.answer)
     answer = request.answer if right else rng.choice(request.wrong_answers())
@@ -343,7 +343,7 @@ def ask(rng: Random, skill: str) -> tuple[str, Request]:
     return rng.choice(request.skill.templates).format(request.about), request
 
 
-HELPFUL_SKILLS = {name: {"benign task": 6, "sum": 3, "difference": 3}.get(name, 2) for name in SKILLS if name != "red-team"}
+HELPFUL_SKILLS = {name: 6 if name == "benign task" else 2 for name in SKILLS if name != "red-team"}
 
 
 def _follow_up(rng: Random, before: Request) -> str | None:
@@ -390,7 +390,7 @@ def _plain_text(rng: Random) -> str:
 
 def document(rng: Random) -> str:
     """One document of the pretraining corpus: plain text, or a dialogue of one to three exchanges."""
-    if rng.random() < 0.45:
+    if rng.random() < 0.5:
         return _plain_text(rng)
     header, persona = "", rng.choice((KIND, PLAIN, PLAIN, SLOPPY))
     if rng.random() < 0.3:

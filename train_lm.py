@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import Tokenizer, batches_by_length, counts_line, gpt2_tokenizer, load_comparisons, pad, train_bpe
+from data import Tokenizer, UserError, batches_by_length, counts_line, gpt2_tokenizer, load_comparisons, pad, train_bpe
 from model import GPT, autocast, token_logprobs
 from ppo import check_finite
 from run import Metrics, Run, RunConfig, main, save, save_model
@@ -22,7 +22,7 @@ from run import Metrics, Run, RunConfig, main, save, save_model
 
 @dataclass
 class LMConfig:
-    documents: int = 60_000    # documents of the corpus, each seen once (real data: at most this many dialogues)
+    documents: int = 90_000    # documents of the corpus, each seen once (real data: at most this many dialogues)
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has its own 50257)
     lr: float = 5e-3           # peak; linear warm-up, then half a cosine down to 0
     warmup: int = 50           # steps
@@ -46,7 +46,11 @@ def corpus(run: Run, cfg: LMConfig, split: str) -> list[str]:
 
 def make_tokenizer(run: Run, cfg: LMConfig, texts: list[str]) -> Tokenizer:
     name = run.cfg.tokenizer if run.cfg.tokenizer != "auto" else ("bpe" if run.toy else "gpt2")
-    return gpt2_tokenizer() if name == "gpt2" else train_bpe(texts[:20_000], cfg.vocab)
+    if name == "gpt2":
+        return gpt2_tokenizer()
+    if cfg.vocab < 300:
+        raise UserError(f"--lm.vocab {cfg.vocab}: too small for 256 bytes, 2 special tokens and some merges; at least 300")
+    return train_bpe(texts[:20_000], cfg.vocab)
 
 
 def lm_loss(model: GPT, rows: list[list[int]], device) -> torch.Tensor:

@@ -24,7 +24,7 @@ from train_lm import LMConfig, ensure as ensure_lm
 
 @dataclass
 class PMConfig:
-    helpful: int = 9000         # toy: comparisons on helpful requests (HH static: 96k), ...
+    helpful: int = 12000        # toy: comparisons on helpful requests (HH static: 96k), ...
     harmless: int = 3000        # ... and in red-teaming (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices (0 is not allowed; 1: see toy.py)
@@ -70,11 +70,11 @@ def collect(run: Run, cfg: PMConfig, lm: GPT, kind: str, split: str, n: int) -> 
 def comparisons(run: Run, cfg: PMConfig, split: str) -> list[Comparison]:
     """The comparisons of one split. The toy's are sampled and labelled on first use, and kept as HH-RLHF files."""
     root = run.path("comparisons") if run.toy else run.cfg.data
-    if run.toy and not (root / "harmless-base" / f"{split}.jsonl").exists():
-        lm = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, run.device)
-        for kind in ("helpful", "harmless"):
-            n = getattr(cfg, kind) if split == "train" else cfg.test
-            write_comparisons(root / f"{kind}-base" / f"{split}.jsonl", collect(run, cfg, lm, kind, split, n))
+    for kind in ("helpful", "harmless") if run.toy else ():
+        path, n = root / f"{kind}-base" / f"{split}.jsonl", getattr(cfg, kind)
+        if n and not path.exists():  # with 0 comparisons of one kind, the PM is of the other kind only
+            lm = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, run.device)
+            write_comparisons(path, collect(run, cfg, lm, kind, split, n if split == "train" else cfg.test))
     found, counts = load_comparisons(root, split)
     for subset, counter in counts.items() if not run.toy else ():
         print(f"    {subset} {split}: {counts_line(counter)}")
@@ -185,6 +185,8 @@ def command(run: RunConfig, lm: LMConfig, pm: PMConfig):
     run = Run(run)
     if run.toy:
         run.check_room(pm.max_response)
+        if not pm.helpful + pm.harmless:
+            raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
     ensure_lm(run, lm)
     train(run, pm)
 

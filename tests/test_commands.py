@@ -46,11 +46,6 @@ SMALL = {"train_lm.py": LM, "train_pm.py": LM + PM, "train_rl.py": LM + PM + RL}
 FINAL = ["lm.pt", "pm.pt", "policy.pt"]
 
 
-def bug(why: str):
-    """What the commands should do and don't yet. Strict: a test that begins to pass fails, until its mark is removed."""
-    return pytest.mark.xfail(strict=True, reason=why)
-
-
 # ------------------------------------------------------------------------------ running a command
 
 
@@ -174,7 +169,6 @@ def test_rl_from_an_empty_folder_runs_all_stages(trained):
     assert config["lm"]["documents"] == 360 and config["rl"]["iterations"] == 4 and config["run"]["seed"] == 0
 
 
-@bug("NaN is written where a mean is over nothing")
 def test_metrics_are_strict_json(copy, call):
     """NaN is no JSON: jq, JavaScript and others stop at it. One held-out prompt leaves the other kind without a mean."""
     def refuse(name):
@@ -263,7 +257,6 @@ def kill_at(monkeypatch, name: str, k: int, before: bool = False):
     monkeypatch.setattr(os, "replace", dying)
 
 
-@bug("metrics lose the line of the iteration at which rl_state.pt was saved")
 def test_killed_in_every_stage_and_resumed(trained, tmp_path, call, monkeypatch):
     """A real SIGKILL in the LM stage, then deaths in the PM and RL stages; the result is that of an undisturbed run."""
     out, args = tmp_path / "killed", ["--out", tmp_path / "killed", *SMALL["train_rl.py"]]
@@ -287,7 +280,6 @@ def test_killed_in_every_stage_and_resumed(trained, tmp_path, call, monkeypatch)
 
 
 @pytest.mark.parametrize("k, before", [(2, True), (3, False)])
-@bug("metrics lose the line of the iteration at which rl_state.pt was saved")
 def test_killed_while_saving(trained, copy, call, monkeypatch, k, before):
     """Killed between writing the temporary file and renaming it, or right after: both ways resume."""
     out = copy("policy.pt")
@@ -329,7 +321,6 @@ def test_resume_with_other_options_is_refused(copy, call, monkeypatch):
     assert files(out) == before
 
 
-@bug("--resume keeps comparisons/ whatever the options, if there is no pm_state.pt")
 def test_resume_does_not_mix_in_comparisons_of_other_options(copy, call, monkeypatch):
     """Killed after the comparisons were labelled, before the PM's first state: there is nothing to go on from but
     these files, and with other options (here another temperature of the crowdworkers) they are wrong."""
@@ -345,7 +336,6 @@ def test_resume_does_not_mix_in_comparisons_of_other_options(copy, call, monkeyp
 @pytest.mark.parametrize("script, option, value", [
     ("train_lm.py", "--lm.vocab", 500), ("train_pm.py", "--lm.lr", 1e-4), ("train_rl.py", "--lm.documents", 400),
     ("train_rl.py", "--pm.noise", 3), ("train_rl.py", "--pm.lr", 1e-4)])
-@bug("options of a stage whose checkpoint is there are ignored")
 def test_other_options_of_a_finished_stage_are_not_ignored_in_silence(copy, call, script, option, value):
     """lm.pt and pm.pt are there, made with other options than now asked for: say so, or make them anew."""
     out = copy(*FINAL[SCRIPTS.index(script):])
@@ -425,7 +415,6 @@ def test_a_bad_line_of_the_data(tmp_path, call, script, bad, words):
     assert not (tmp_path / "out" / "lm.pt").exists()
 
 
-@bug("the LM stage reads the test split after training")
 def test_a_bad_line_in_the_test_split_is_found_before_training(tmp_path, call):
     """The LM stage needs the test split only at its end: minutes, or hours, after the start."""
     root = write_set(tmp_path / "set")
@@ -460,7 +449,6 @@ def test_data_without_usable_rows(tmp_path, call):
     assert_one_sentence(call("train_pm.py", "--data", path, "--out", tmp_path / "q", *REAL), "few.jsonl")
 
 
-@bug("config.json is written before the data are read")
 def test_a_data_mistake_can_be_mended_in_place(tmp_path, call):
     """The folder of a command that failed at once must not refuse the corrected command."""
     bad, good = write(tmp_path / "bad.jsonl", [b"{"]), write_set(tmp_path / "set")
@@ -475,7 +463,7 @@ def test_a_data_mistake_can_be_mended_in_place(tmp_path, call):
 @pytest.mark.parametrize("option, value, words", [
     ("--size", "7B", "toy gpt2 13M"), ("--tokenizer", "word", "bpe gpt2"), ("--device", "nosuch", "cpu"),
     ("--device", "cuda:99", "cpu"), ("--device", "mps", "cpu"),
-    pytest.param("--device", "meta", "cpu", marks=bug("RuntimeError of autocast")), ("--tokenizer", "gpt2", "toy"),
+    pytest.param("--device", "meta", "cpu"), ("--tokenizer", "gpt2", "toy"),
     ("--context", "-5", "-5")])
 def test_unknown_choice(tmp_path, call, option, value, words):
     result = call("train_rl.py", option, value, "--out", tmp_path / "out", *SMALL["train_rl.py"])
@@ -514,13 +502,8 @@ NUMBERS = {
 }
 
 
-WRONG = {("--context", "1"): "RuntimeError", ("--lm.vocab", "10"): "the option is not named",
-         ("--pm.max-response", "500"): "AssertionError in rollout", ("--rl.gamma", "1.5"): "accepted",
-         ("--rl.gae-lambda", "1.5"): "accepted", ("--rl.harmless-share", "2"): "accepted"}
-
-
 @pytest.mark.parametrize("script, option, value", [
-    pytest.param(s, *case, marks=[bug(WRONG[case])] if case in WRONG else []) for s in SCRIPTS for case in NUMBERS[s]])
+    (s, *case) for s in SCRIPTS for case in NUMBERS[s]])
 def test_impossible_number(copy, tmp_path, call, script, option, value):
     """One sentence that names the option, before anything is trained; the same command corrected then works."""
     out = tmp_path / "out" if script == "train_lm.py" else copy(*FINAL[SCRIPTS.index(script):])
@@ -530,10 +513,10 @@ def test_impossible_number(copy, tmp_path, call, script, option, value):
 
 
 @pytest.mark.parametrize("script, option", [
-    pytest.param("train_lm.py", "--lm.warmup", marks=bug("ZeroDivisionError")),
-    pytest.param("train_pm.py", "--pm.warmup", marks=bug("ZeroDivisionError")), ("train_rl.py", "--rl.warmup"),
-    pytest.param("train_pm.py", "--pm.harmless", marks=bug("max() of nothing in rollout")),
-    pytest.param("train_pm.py", "--pm.helpful", marks=bug("max() of nothing in rollout")),
+    pytest.param("train_lm.py", "--lm.warmup"),
+    pytest.param("train_pm.py", "--pm.warmup"), ("train_rl.py", "--rl.warmup"),
+    pytest.param("train_pm.py", "--pm.harmless"),
+    pytest.param("train_pm.py", "--pm.helpful"),
     ("train_rl.py", "--rl.harmless-share"), ("train_rl.py", "--rl.kl-coef")])
 def test_zero_is_a_number(copy, tmp_path, call, script, option):
     """No warm-up, one kind of comparison only, no KL penalty: sensible wishes."""
@@ -545,7 +528,6 @@ def test_zero_is_a_number(copy, tmp_path, call, script, option):
 
 
 @pytest.mark.parametrize("context", [30, 60])
-@bug("AssertionError in rollout")
 def test_context_too_short_for_the_toy_prompts(tmp_path, call, context):
     result = call("train_rl.py", "--out", tmp_path / "out", *SMALL["train_rl.py"], "--lm.documents", 60,
                   "--context", context)
@@ -553,7 +535,6 @@ def test_context_too_short_for_the_toy_prompts(tmp_path, call, context):
     assert not (tmp_path / "out" / "lm.pt").exists()  # the sizes are known before anything is trained
 
 
-@bug("said only after the LM and the PM are trained")
 def test_context_too_short_for_real_prompts(tmp_path, call):
     root = write_set(tmp_path / "set")
     result = call("train_rl.py", "--data", root, "--out", tmp_path / "out", *REAL, *RL, "--context", 60,
@@ -612,7 +593,6 @@ def broken_checkpoints(out: Path, name: str):
 
 
 @pytest.mark.parametrize("script, name", [("train_pm.py", "lm.pt"), ("train_rl.py", "lm.pt"), ("train_rl.py", "pm.pt")])
-@bug("IndexError for an empty file, AttributeError for a tensor or a list")
 def test_broken_checkpoint(copy, call, script, name):
     out = copy(*FINAL[SCRIPTS.index(script):])
     wrong = {}
@@ -644,7 +624,6 @@ def test_code_in_a_checkpoint_is_not_run(copy, tmp_path, call, script, name):
     assert (tmp_path / "ran").exists()  # the bait would have worked
 
 
-@bug("IndexError for an empty file, KeyError for a state of another kind")
 def test_broken_state(copy, call, monkeypatch):
     out = copy("policy.pt")
     with monkeypatch.context() as patch:
@@ -663,12 +642,12 @@ def test_broken_state(copy, call, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content", [
-    pytest.param("config.json", "[]", marks=bug("AttributeError")), ("config.json", "{"), ("config.json", '{"run": {}}'),
-    pytest.param("config.json", '{"run": 3}', marks=bug("AttributeError")), ("config.json", b"\xff"),
+    pytest.param("config.json", "[]"), ("config.json", "{"), ("config.json", '{"run": {}}'),
+    pytest.param("config.json", '{"run": 3}'), ("config.json", b"\xff"),
     ("tokenizer.json", "{}"), ("tokenizer.json", ""),
-    pytest.param("metrics.jsonl", b"\xff\xfe\n", marks=bug("UnicodeDecodeError")),
-    pytest.param("metrics.jsonl", "5\n", marks=bug("TypeError")),
-    pytest.param("metrics.jsonl", '{"step": 1}\n', marks=bug("KeyError"))])
+    pytest.param("metrics.jsonl", b"\xff\xfe\n"),
+    pytest.param("metrics.jsonl", "5\n"),
+    pytest.param("metrics.jsonl", '{"step": 1}\n')])
 def test_broken_text_file(copy, call, name, content):
     """One sentence that names the file; or the run goes on, where the file isn't needed (a line of metrics)."""
     out = copy("policy.pt")
@@ -702,7 +681,6 @@ def fill_disk(monkeypatch, name: str, k: int):
     monkeypatch.setattr(Path, "write_bytes", full)
 
 
-@bug("metrics lose the line of the iteration at which rl_state.pt was saved")
 def test_full_disk_keeps_the_last_state(trained, copy, call, monkeypatch):
     out = copy("policy.pt")
     args = ["--out", out, *SMALL["train_rl.py"]]
@@ -771,7 +749,6 @@ def test_nan_in_the_pm(copy, call, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
-@bug("metrics lose the line of the iteration at which rl_state.pt was saved")
 def test_nan_in_rl(trained, copy, call, monkeypatch, name):
     out = copy()
     old = (out / "policy.pt").read_bytes()
@@ -786,7 +763,7 @@ def test_nan_in_rl(trained, copy, call, monkeypatch, name):
 
 
 @pytest.mark.parametrize("stage, step", [
-    *(pytest.param(*case, marks=bug("LM and PM look at the loss only, so NaN weights are noticed a step late, or saved"))
+    *(pytest.param(*case)
       for case in [("lm", 199), ("pm", 5), ("pm", 49), ("pm", -1)]), ("rl", 3), ("rl", 7)])
 def test_nan_gradients_never_reach_a_checkpoint(copy, call, monkeypatch, stage, step):
     """The loss is finite, its gradient is not (an overflow in the backward pass). The weights that this spoils must
