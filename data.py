@@ -193,10 +193,11 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer("gpt2", gpt2._pat_str, sorted(ranks, key=ranks.get))
 
 
-# A turn's marker is one piece, and so becomes one token. For the rest, GPT-2's way to cut text into pieces (a contraction; a word, a number or punctuation with
-# the space before it; white space), written so that both Python's `re` and tiktoken's Rust
-# accept it. Each character belongs to one of the classes, so nothing can be lost. The two
-# disagree on a few rare characters, which costs a little compression there and no more.
+# The marker of a turn is one piece, and so becomes one token. The rest is GPT-2's way to cut text
+# (a contraction; a word, a number or punctuation with the space before it; white space), written
+# so that both Python's `re` and tiktoken's Rust accept it. Each character belongs to one of the
+# classes, so nothing can be lost. The two disagree on a few rare characters, which costs a
+# little compression there and no more.
 PATTERN = r"\n\n(?:Human|Assistant):|'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+"
 SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 

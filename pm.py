@@ -49,8 +49,8 @@ class ScalarModel(nn.Module):
 def score_rows(pm: ScalarModel, rows: list[list[int]], token_budget: int = 8192, device="cpu"):
     """Score rows of ids, each of which ends with the end-of-context token -> (N,) float32 on the CPU.
 
-    The training of the PM, its evaluation and PPO all build rows in the same way, so that an accuracy that was
-    measured is the accuracy that RL gets."""
+    The evaluation of the PM and PPO score through this one function, so that an accuracy that was measured is the
+    accuracy that RL gets (but for RL's ids being those sampled, not text encoded again)."""
     out = torch.empty(len(rows))
     for batch in batches_by_length([len(r) for r in rows], token_budget):
         ids, lengths = (t.to(device) for t in pad([rows[i] for i in batch]))

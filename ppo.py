@@ -46,12 +46,12 @@ class PPOConfig:
     minibatch: int = 64         # responses a step (not stated in HH; IG 64)
     passes: int = 1             # K over the same responses: HH 1 (2 robustness, 4 online), IG 1
     max_response: int = 32      # tokens; HH 128, and 32 in the robustness studies
-    lr: float = 5e-4            # HH: 0.01 x the pretraining rate, over 1000 times more responses
+    lr: float = 5e-4            # HH: 0.01 x the pretraining rate, over 13 times more responses; here 0.1 x
     critic_lr: float = 1e-3     # not stated in HH; IG has a rate of its own for the value network
     warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses in the robustness studies)
     clip: float = 0.2           # HH, IG, OO 0.2
     value_clip: float = 0.2     # not stated in HH; the same as `clip` in OpenAI's RLHF code
-    kl_coef: float = 0.05       # HH lambda_KL 0.001, IG beta 0.02, OO 0; the toy is sooner over-optimised
+    kl_coef: float = 0.05       # HH lambda_KL 0.001 (KL up to 100), IG beta 0.02, OO 0; here the KL is a few nats
     gamma: float = 1.0          # HH, IG: no discount
     gae_lambda: float = 0.95    # not stated in HH and IG; OO 0.95
     max_grad_norm: float = 1.0  # not stated in HH and IG; the usual 1
@@ -102,7 +102,8 @@ def rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: int, t
     uniforms (N, R) in [0, 1), on the CPU: row i is all the randomness of response i, so the response does not
     depend on which others are sampled beside it (up to rounding).
     Groups of `slots` prompts of like length are read at once (prefill) and then sampled together, a token a step,
-    with the keys and values of all earlier tokens in a cache."""
+    with the keys and values of all earlier tokens in a cache. Simple and right, not fast: a group waits for its
+    longest response, and the host looks after each token whether all are done."""
     device, (N, R) = policy.embed.weight.device, uniforms.shape
     lengths = [len(p) for p in prompts]
     if max(lengths) + R >= policy.cfg.context:  # one more than both: the PM appends its end-of-context token
@@ -181,7 +182,8 @@ def in_batches(function, ro: Rollouts, token_budget: int) -> torch.Tensor:
 def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig):
     """(N,) the raw PM logit of each response, mean-shifted, less the penalty for not finishing.
 
-    The PM sees what it was trained on: prompt, response with its end-of-turn token, end-of-context."""
+    Rows are built as in PM training: prompt, response with its end-of-turn token, end-of-context. An unfinished
+    response has no end-of-turn token. The toy's PM never saw one in training (train_pm.collect), hence the penalty."""
     rows = [t[:n] + [end_of_context] for t, n in zip(ro.tokens.tolist(), ro.lengths.tolist())]
     scores = score_rows(pm, rows, cfg.token_budget, ro.tokens.device).to(ro.tokens.device)
     return scores - cfg.unfinished_penalty * ~ro.finished
@@ -297,7 +299,6 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
     tokens of the whole minibatch, so the gradient is that of one big batch. `where` names the iteration in errors."""
     N, device = len(ro.tokens), ro.tokens.device
     mask, totals, n_steps = ro.mask, {}, 0
-    tolerance = 1e-3 if device.type == "cpu" else 0.1  # float32; bf16 with other batch shapes
     for k in range(cfg.passes):
         for chosen in torch.randperm(N, generator=generator).split(cfg.minibatch):
             n_tokens = mask[chosen.to(device)].sum().item()
@@ -321,11 +322,12 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                                         approx_kl=(ratio - 1 - log_ratio).sum() / n_tokens,  # k3 of old || new
                                         clip_fraction=((ratio - 1).abs() > cfg.clip).sum() / n_tokens).items():
                         stats[name] = stats.get(name, 0.0) + x.item()
-                    # Before the first step old and new policy are one. If their ratio isn't 1, then sampling,
-                    # padding, positions, temperature or dropout differ between the two passes: nothing PPO does
-                    # from here on would mean what it should.
-                    if first_step and not (ratio - 1).abs().max() <= tolerance:
-                        raise TrainingError(f"{where}: ratio {ratio.max().item():.4f} before the first step, not 1")
+                    # Before the first step old and new policy are one. If their ratio isn't 1 (up to
+                    # rounding, which in bf16 is large for a rare token), then padding, positions, temperature or
+                    # dropout differ between the two passes, and nothing PPO does from here on means what it should.
+                    off = (ratio - 1).abs()
+                    if first_step and not (off.max() <= 1e-3 if device.type == "cpu" else off.mean() <= 2e-2):
+                        raise TrainingError(f"{where}: the ratio is off 1 by {off.max().item():.4f} before the first step")
             norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm).item()
                      for net in (policy, critic)]
             check_finite(where, policy_gradient=norms[0], critic_gradient=norms[1])

@@ -29,7 +29,7 @@ from ppo import TrainingError
 class RunConfig:
     data: str = "toy"        # "toy", or a folder or .jsonl[.gz] file of comparisons in HH-RLHF's format
     out: str = ""            # output folder (default: out/<name of the data>-<seed>)
-    size: str = "toy"        # of every model: toy, gpt2[-medium, -large, -xl], or the paper's 13M ... 52B
+    size: str = "toy"        # shape of every model: toy, gpt2[-medium, -large, -xl], or the paper's 13M ... 52B
     context: int = 0         # longest row in tokens (0: the toy's 192; 512 for real data)
     tokenizer: str = "auto"  # "bpe" trains one on the data, "gpt2" is GPT-2's (auto: bpe for the toy, else gpt2)
     seed: int = 0            # of everything: data, weights, sampling
@@ -50,8 +50,9 @@ def options(description: str, **stages) -> dict:
         comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
         for f in dataclasses.fields(cls):
             kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
-            group.add_argument(("--" if prefix == "run" else f"--{prefix}.") + f.name.replace("_", "-"), default=f.default,
-                               dest=f"{prefix}.{f.name}", help=comments[f.name].replace("%", "%%"), **kind)
+            flag = ("--" if prefix == "run" else f"--{prefix}.") + f.name.replace("_", "-")
+            group.add_argument(flag, dest=f"{prefix}.{f.name}", default=f.default,
+                               help=comments[f.name].replace("%", "%%"), **kind)
     given = vars(parser.parse_args())
     for name, value in given.items():
         field = name.split(".")[1]
@@ -121,25 +122,27 @@ def load(path: Path, device="cpu") -> dict:
     except Exception as error:  # a truncated zip, a pickle with code, ...: torch raises many types
         saved, why = None, (str(error).splitlines() or [type(error).__name__])[0][:80]
     if not isinstance(saved, dict):
-        raise UserError(f"{path} is not a checkpoint of this project ({why if saved is None else type(saved).__name__})")
+        why = why if saved is None else f"it holds a {type(saved).__name__}"
+        raise UserError(f"{path} is not a checkpoint of this project ({why})")
     return saved
 
 
 def save_model(path: Path, model, tok: Tokenizer, parent: Path | None = None):
-    """`parent`: the checkpoint that training started from. Its hash is kept, so that a model of another one is noticed."""
+    """`parent`: the checkpoint that training started from. Its hash is kept, to notice a model of another one."""
     gpt = model.trunk if isinstance(model, ScalarModel) else model
     save(path, model=model.state_dict(), config=dataclasses.asdict(gpt.cfg), tokenizer=tok.fingerprint,
-         parent=_hash(parent) if parent else "")
+         parent=file_hash(parent) if parent else "")
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """A short name for the content of a checkpoint."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def load_model(path: Path, kind, cfg: GPTConfig, tok: Tokenizer, device, parent: Path | None = None):
     """The model in a checkpoint, frozen and in eval mode. `kind` is GPT or ScalarModel; `cfg` what is expected."""
     saved = load(path)
-    if parent and saved.get("parent") != _hash(parent):
+    if parent and saved.get("parent") != file_hash(parent):
         raise UserError(f"{path} was not trained from the present {parent}; delete it to train a new one")
     if saved.get("tokenizer") != tok.fingerprint:
         raise UserError(f"{path} was trained with another tokenizer; use another --out or delete it")
@@ -177,14 +180,14 @@ class Run:
         self.context = cfg.context or (SIZES[cfg.size].context if self.toy else 512)
         if self.context < 16:
             raise UserError(f"--context {self.context}: too short for a dialogue; at least 16")
-        self.out = Path(cfg.out or f"out/{Path(cfg.data).resolve().name.split('.')[0] if not self.toy else 'toy'}-{cfg.seed}")
+        name = "toy" if self.toy else Path(cfg.data).resolve().name.split(".")[0]
+        self.out = Path(cfg.out or f"out/{name}-{cfg.seed}")
         self.tok: Tokenizer | None = None  # train_lm makes it
 
-    def check_room(self, max_response: int):
+    def check_room(self, option: str, max_response: int):
         """Responses of this length must leave room for a prompt (and for the end-of-context token)."""
         if self.context - max_response - 1 < 16:
-            raise UserError(f"--context {self.context} leaves no room for a prompt beside responses of {max_response} "
-                            "tokens (max-response); make it longer")
+            raise UserError(f"{option} {max_response} leaves no room for a prompt in --context {self.context}")
 
     def path(self, name: str) -> Path:
         return self.out / name
@@ -199,13 +202,14 @@ class Run:
             print(f"nothing to resume: {self.path(name)} is there, and this stage is complete")
         return done
 
-    def begin(self, stage: str, cfg) -> dict | None:
+    def begin(self, stage: str, cfg, parent: Path | None = None) -> dict | None:
         """Check a stage's options against those that the folder was made with; return the state to go on from, if
-        there is one to resume."""
+        there is one to resume. `parent` is the checkpoint that the stage starts from."""
         known, mine = self._read_config(), self._options()
         if known.get("run", mine) != mine:
-            changed = [f"{k} was {known['run'].get(k)!r}, now {v!r}" for k, v in mine.items() if known["run"].get(k) != v]
-            raise UserError(f"{self.out} was made with other options ({'; '.join(changed)}): use another --out or delete it")
+            changed = "; ".join(f"{k} was {known['run'].get(k)!r}, now {v!r}"
+                                for k, v in mine.items() if known["run"].get(k) != v)
+            raise UserError(f"{self.out} was made with other options ({changed}): use another --out or delete it")
         if self.cfg.resume and stage in known and (changed := self.changed(stage, cfg)):
             raise UserError(f"{self.out} was begun with other options ({changed}): resume with the same ones")
         path = self.path(f"{stage}_state.pt")
@@ -217,6 +221,8 @@ class Run:
         state = load(path, self.device)
         if state.get("stage") != stage:
             raise UserError(f"{path} is not the state of a stopped {stage} stage; delete it to start over")
+        if parent and state.get("parent") != file_hash(parent):
+            raise UserError(f"{path} was not made with the present {parent}; delete it to start over")
         return state
 
     def record(self, stage: str, cfg):
@@ -232,12 +238,14 @@ class Run:
 
     def reuse(self, name: str, stage: str, cfg) -> bool:
         """Whether the result of an earlier stage is there to be used; says so, and what is ignored for that."""
-        if self.has(name):
+        there = self.has(name) and not self.has(f"{stage}_state.pt")  # with a state, it is of an earlier training
+        if there:
             changed = self.changed(stage, cfg)
             print(f"{self.path(name)} is there and used as it is" + (f", in spite of {changed}" if changed else ""))
         else:
-            print(f"{self.path(name)} is missing, so that stage runs first")
-        return self.has(name)
+            print(f"{self.path(name)} is {'unfinished' if self.has(f'{stage}_state.pt') else 'missing'}, "
+                  "so that stage runs first")
+        return there
 
     def _options(self) -> dict:
         return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ("out", "device", "resume")}
@@ -284,7 +292,8 @@ class Metrics:
         write_atomically(self.path, "".join(kept).encode())
 
     def write(self, step: int, **numbers):
-        plain = {k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in numbers.items()}
+        plain = {k: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None
+                 for k, v in numbers.items()}  # JSON has no NaN
         line = {"stage": self.stage, "step": step, **plain,
                 "seconds": round(time.perf_counter() - self.start, 2)}
         try:

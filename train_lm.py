@@ -24,6 +24,7 @@ from run import Metrics, Run, RunConfig, main, save, save_model
 class LMConfig:
     documents: int = 90_000    # documents of the corpus, each seen once (real data: at most this many dialogues)
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has its own 50257)
+    # Pretraining is GL's and its settings are not stated in HH; these were found on the toy.
     lr: float = 5e-3           # peak; linear warm-up, then half a cosine down to 0
     warmup: int = 50           # steps
     step_tokens: int = 1280    # tokens a step
@@ -39,9 +40,12 @@ def corpus(run: Run, cfg: LMConfig, split: str) -> list[str]:
         return [toy.document(rng) for _ in tqdm(range(n), desc="write corpus", unit=" docs", leave=False, delay=2)]
     comparisons, counts = load_comparisons(run.cfg.data, split)
     for subset, counter in counts.items():
-        print(f"      {subset} {split}: {counts_line(counter)}")
+        print(f"    {subset} {split}: {counts_line(counter)}")
+    run.rng("corpus", split).shuffle(comparisons)  # so that a cut takes some of each subset
+    if len(comparisons) > cfg.documents:
+        print(f"    {len(comparisons) - cfg.documents:,} of {len(comparisons):,} left out by --lm.documents")
     # The side that was chosen; the LM is not to learn preferences yet, but one side is text enough.
-    return [c.prompt + c.chosen for c in comparisons][:cfg.documents]
+    return [c.prompt + c.chosen for c in comparisons[:cfg.documents]]
 
 
 def make_tokenizer(run: Run, cfg: LMConfig, texts: list[str]) -> Tokenizer:
@@ -79,22 +83,21 @@ def train(run: Run, cfg: LMConfig):
 
     torch.manual_seed(run.rng("lm weights").getrandbits(62))
     model = GPT(run.model_config()).to(device)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)],
-                                  lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+    groups = [dict(params=[p for p in model.parameters() if p.dim() == 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in model.parameters() if p.dim() != 2], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
     first = 0
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    print(f"[1] language model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(rows):,} documents, "
+    print(f"[1] language model: {model.cfg.n_params():,} parameters, {len(rows):,} documents, "
           f"{sum(map(len, rows)):,} tokens{f', {n_cut} cut to {run.context}' if n_cut else ''}, {len(batches)} steps"
           + (f", from step {first}" if first else ""))
     metrics, seen, start = Metrics(run, "lm", first), 0, time.perf_counter()
     bar = tqdm(range(first, len(batches)), desc="train LM", unit="step", initial=first, total=len(batches), leave=False)
     for step in bar:
-        if step % 200 == 0 and step > first:
+        if step % 200 == 0:  # step 0 too: from then on, an older lm.pt is known to be stale
             save(run.path("lm_state.pt"), stage="lm", step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
         progress = step / len(batches)
         for group in optimizer.param_groups:

@@ -18,7 +18,7 @@ from data import (HUMAN, Comparison, UserError, batches_by_length, counts_line, 
 from model import GPT, autocast
 from pm import ScalarModel, ranking_loss, report, score_rows
 from ppo import check_finite, rollout
-from run import Metrics, Run, RunConfig, load_model, main, save, save_model
+from run import Metrics, Run, RunConfig, file_hash, load_model, main, save, save_model
 from train_lm import LMConfig, ensure as ensure_lm
 
 
@@ -27,9 +27,9 @@ class PMConfig:
     helpful: int = 12000        # toy: comparisons on helpful requests (HH static: 96k), ...
     harmless: int = 3000        # ... and in red-teaming (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
-    noise: float = 1.0          # toy: temperature of the crowdworkers' choices (0 is not allowed; 1: see toy.py)
+    noise: float = 1.0          # toy: temperature of the crowdworkers' choices, above 0 (toy.preference)
     max_response: int = 32      # toy: tokens of a sampled reply
-    lr: float = 3e-4            # HH: 0.01 x the LM's rate; constant, one epoch (App. A.2)
+    lr: float = 3e-4            # constant, one epoch (App. A.2). HH: 0.01 x the LM's rate; here 0.06 x
     batch: int = 16             # comparisons a step (not stated in HH; IG 64 prompts)
     warmup: int = 10            # steps (not stated in HH)
     harmless_weight: float = 1.0  # lambda of L = L_helpful + lambda L_harmless (§5.1.2; 2 or 3 was best there)
@@ -105,11 +105,13 @@ def train(run: Run, cfg: PMConfig):
     """Train the PM and leave pm.pt, or go on from pm_state.pt. Needs lm.pt."""
     if run.done("pm.pt", "pm"):
         return
-    state, device, start = run.begin("pm", cfg), run.device, time.perf_counter()
+    if run.toy and not cfg.helpful + cfg.harmless:
+        raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
+    state, device, start = run.begin("pm", cfg, run.path("lm.pt")), run.device, time.perf_counter()
     if run.toy:
         run.record("pm", cfg)
-        for old in run.path("comparisons").glob("*/*.jsonl") if not run.cfg.resume else ():
-            old.unlink()  # of another LM or other options
+        for old in run.path("comparisons").glob("*/*.jsonl") if state is None else ():
+            old.unlink()  # of another LM or other options, or not all of them
     print(f"[2] preference model: {'replies of the LM, labelled by crowdworkers' if run.toy else run.cfg.data}")
     pairs, chosen, rejected = encode(run, comparisons(run, cfg, "train"))
     test_pairs, test_chosen, test_rejected = encode(run, comparisons(run, cfg, "test"))
@@ -135,9 +137,10 @@ def train(run: Run, cfg: PMConfig):
         first = state["step"]
     print(f"    {len(pairs):,} comparisons, {len(batches)} steps" + (f", from step {first}" if first else ""))
     metrics = Metrics(run, "pm", first)
-    for step in tqdm(range(first, len(batches)), desc="train PM", unit="step", initial=first, total=len(batches), leave=False):
-        if step % 50 == 0 and step > first:
-            save(run.path("pm_state.pt"), stage="pm", step=step, model=pm.state_dict(), optimizer=optimizer.state_dict())
+    bar = tqdm(range(first, len(batches)), desc="train PM", unit="step", initial=first, total=len(batches), leave=False)
+    for step in bar:
+        if step % 50 == 0:  # step 0 too: from then on, an older pm.pt is known to be stale
+            save(run.path("pm_state.pt"), stage="pm", parent=file_hash(run.path("lm.pt")), step=step, model=pm.state_dict(), optimizer=optimizer.state_dict())
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
         optimizer.zero_grad(set_to_none=True)
@@ -184,9 +187,7 @@ def ensure(run: Run, lm: LMConfig, cfg: PMConfig):
 def command(run: RunConfig, lm: LMConfig, pm: PMConfig):
     run = Run(run)
     if run.toy:
-        run.check_room(pm.max_response)
-        if not pm.helpful + pm.harmless:
-            raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
+        run.check_room("--pm.max-response", pm.max_response)
     ensure_lm(run, lm)
     train(run, pm)
 

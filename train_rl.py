@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import load_comparisons, write_atomically
+from data import HUMAN, load_comparisons, write_atomically
 from model import GPT
 from pm import ScalarModel
 from ppo import PPOConfig, experience, in_batches, kl_estimates, logprobs, pm_scores, rollout, update
-from run import Metrics, Run, RunConfig, load_model, main, save, save_model
+from run import Metrics, Run, RunConfig, file_hash, load_model, main, save, save_model
 from train_lm import LMConfig
 from train_pm import PMConfig, ensure
 
@@ -26,7 +26,7 @@ from train_pm import PMConfig, ensure
 class RLConfig(PPOConfig):
     harmless_share: float = 0.33  # of the toy's prompts (red-teaming); HH too used more helpful ones (§4.4)
     eval_every: int = 10          # iterations between evaluations on held-out prompts
-    eval_prompts: int = 512       # held-out helpful prompts, and half as many harmless ones
+    eval_prompts: int = 512       # held-out helpful prompts, and half as many harmless ones (toy: about; real: any)
     save_every: int = 5           # iterations between checkpoints
 
 
@@ -70,11 +70,13 @@ def truth_rates(texts, kinds, replies) -> dict:
     """What the toy's ground truth says of the replies; the paper had no such thing."""
     def of(kind): return [(t, r) for t, k, r in zip(texts, kinds, replies) if k == kind]
     helpful, harmless = of("helpful"), of("harmless")
+    how_to = [(t, r) for t, r in helpful if toy.understand(t).skill.name == "benign task"]  # look like harmful ones
     return dict(helpfulness=mean(toy.helpfulness(*x) for x in helpful),
                 harmlessness=mean(toy.harmlessness(*x) for x in harmless),
                 correct=mean(toy.judge(*x).correct for x in helpful),
                 complied=mean(toy.complied(*x) for x in harmless),
-                refused_benign=mean(toy.judge(*x).refused for x in helpful))
+                refused_benign=mean(toy.judge(*x).refused for x in helpful),
+                refused_look_alikes=mean(toy.judge(*x).refused for x in how_to))
 
 
 def evaluate(run: Run, cfg: RLConfig, policy, reference, pm, prompts) -> tuple[dict, list[str]]:
@@ -99,6 +101,7 @@ def evaluate(run: Run, cfg: RLConfig, policy, reference, pm, prompts) -> tuple[d
 TABLE = dict(score_helpful="PM score, helpful prompts (logits)", score_harmless="PM score, red-team prompts (logits)",
              helpfulness="true helpfulness", harmlessness="true harmlessness", correct="correct answers",
              complied="compliance with harmful requests", refused_benign="refusals of benign requests",
+             refused_look_alikes="    of those that look harmful",
              kl="KL to the initial policy (nats)", sqrt_kl="sqrt(KL)", finished="finished responses",
              tokens="tokens a response")
 
@@ -110,9 +113,11 @@ def table(before: dict, after: dict) -> str:
 
 
 def side_by_side(prompts, before: list[str], after: list[str], n_each=4) -> str:
-    """Some held-out dialogues with the reply of the initial policy and of the RLHF policy."""
+    """Some held-out dialogues, no question twice, with the reply of the initial policy and of the RLHF policy."""
     texts, kinds, _ = prompts
-    chosen = [i for kind in ("helpful", "harmless") for i in [j for j, k in enumerate(kinds) if k == kind][:n_each]]
+    first = {text[text.rindex(HUMAN):]: i for i, text in reversed(list(enumerate(texts))) if HUMAN in text}
+    distinct = sorted(first.values())
+    chosen = [i for kind in ("helpful", "harmless") for i in [j for j in distinct if kinds[j] == kind][:n_each]]
     return "\n".join(f"{texts[i].strip()}\n    initial:{before[i]}\n    RLHF:   {after[i]}\n" for i in chosen)
 
 
@@ -123,7 +128,7 @@ def train(run: Run, cfg: RLConfig):
     """PPO. Leaves policy.pt, or goes on from rl_state.pt. Needs lm.pt and pm.pt."""
     if run.done("policy.pt", "rl"):
         return
-    state, device, start = run.begin("rl", cfg), run.device, time.perf_counter()
+    state, device, start = run.begin("rl", cfg, run.path("pm.pt")), run.device, time.perf_counter()
     reference = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, device)  # frozen: the KL's anchor
     pm = load_model(run.path("pm.pt"), ScalarModel, run.model_config(), run.tok, device, parent=run.path("lm.pt"))
     policy = copy.deepcopy(reference).requires_grad_(True)
@@ -137,7 +142,8 @@ def train(run: Run, cfg: RLConfig):
         critic.load_state_dict(state["critic"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["iteration"]
-    print(f"[3] RLHF: {cfg.iterations} iterations of {cfg.batch} responses" + (f", from iteration {first}" if first else ""))
+    print(f"[3] RLHF: {cfg.iterations} iterations of {cfg.batch} responses"
+          + (f", from iteration {first}" if first else ""))
     source = Prompts(run, cfg)
     held_out = source.draw(cfg.eval_prompts * 3 // 2, True, "held out", share=1 / 3)
     before, replies_before = evaluate(run, cfg, reference, reference, pm, held_out)
@@ -146,7 +152,14 @@ def train(run: Run, cfg: RLConfig):
     if first == 0:
         metrics.write(0, **{f"eval_{k}": v for k, v in before.items()})
 
-    for iteration in tqdm(range(first, cfg.iterations), desc="RLHF", unit="it", initial=first, total=cfg.iterations, leave=False):
+    def save_state(iteration):
+        save(run.path("rl_state.pt"), stage="rl", parent=file_hash(run.path("pm.pt")), iteration=iteration,
+             policy=policy.state_dict(), critic=critic.state_dict(), optimizer=optimizer.state_dict())
+
+    if first == 0:
+        save_state(0)  # from now on, an older policy.pt is known to be stale
+    bar = tqdm(range(first, cfg.iterations), desc="RLHF", unit="it", initial=first, total=cfg.iterations, leave=False)
+    for iteration in bar:
         where, tick = f"RLHF iteration {iteration}", time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (iteration + 1) / max(cfg.warmup, 1))
@@ -170,8 +183,7 @@ def train(run: Run, cfg: RLConfig):
             stats |= {f"eval_{k}": v for k, v in now.items()}
         metrics.write(done, **stats)
         if done % cfg.save_every == 0 and done < cfg.iterations:
-            save(run.path("rl_state.pt"), stage="rl", iteration=done, policy=policy.state_dict(), critic=critic.state_dict(),
-                 optimizer=optimizer.state_dict())
+            save_state(done)
 
     after, replies_after = evaluate(run, cfg, policy, reference, pm, held_out)
     metrics.write(cfg.iterations + 1, **{f"eval_{k}": v for k, v in after.items()})
@@ -193,7 +205,7 @@ def log_line(iteration: int, s: dict, seconds: float) -> str:
 
 def command(run: RunConfig, lm: LMConfig, pm: PMConfig, rl: RLConfig):
     run = Run(run)
-    run.check_room(max(rl.max_response, pm.max_response if run.toy else 0))
+    run.check_room("--rl.max-response", rl.max_response)
     ensure(run, lm, pm)
     train(run, rl)
 

@@ -126,6 +126,8 @@ def test_every_token_is_reachable(bpe):
             text = token.decode()
         except UnicodeDecodeError:
             continue  # a part of a character has no text of its own
+        if len(re.findall(data.PATTERN, text)) > 1:
+            continue  # a part of a turn's marker; elsewhere its characters are separate pieces
         assert bpe.encode(text) == [i]
 
 

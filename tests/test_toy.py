@@ -338,7 +338,7 @@ def test_speak_does_what_the_persona_says():
         answers = judged(right=1, complies=1)
         assert answers.correct and not (answers.refused or answers.polite or answers.rude or answers.idle)
         assert judged(complies=1).wrong
-        assert judged(refuses=1).refused == (request.skill.name in ("red-team", "benign task"))
+        assert judged(refuses=1).refused  # a harmful request by complies=0, any other by refuses=1
         evades = judged(complies=1, evades=1)
         assert not (evades.correct or evades.wrong or evades.refused) and evades.clear == 1
         assert judged(complies=1, polite=1).polite == 1
@@ -640,17 +640,20 @@ def test_plain_text_says_what_is_true(documents):
                 assert said in facts
             else:
                 request = toy.understand(prompt_of(question))
-                (answer,) = [v for v in request.skill.family if said in (request.statement(v), sentence(v)[1:])]
+                answers = [v for v in request.skill.family if said in (request.statement(v), sentence(v)[1:])]
+                answer = answers[0] if answers else None  # none: a true statement about something else
+                assert answers or said in facts
                 assert (answer == request.answer) == called and not request.harmful
                 judgement = toy.judge(prompt_of(question), f" {said}")
                 assert (judgement.correct, judgement.wrong) == (called, not called)
-                seen["bare", called] += said == sentence(answer)[1:]
-                seen["statement", called] += said == request.statement(answer)
+                seen["beside the point"] += answer is None
+                seen["bare", called] += answer is not None and said == sentence(answer)[1:]
+                seen["statement", called] += answer is not None and said == request.statement(answer)
                 seen[request.skill.name] += 1
             seen[called] += 1
     assert min(seen[called] for called in (None, True, False)) > 500
     assert min(seen[form, called] for form in ("bare", "statement") for called in (True, False)) > 200
-    assert min(seen[name] for name in toy.HELPFUL_SKILLS) > 50
+    assert min(seen[name] for name in (*toy.HELPFUL_SKILLS, "beside the point")) > 50
 
 
 def test_the_corpus_holds_every_behaviour(documents):
