@@ -41,7 +41,7 @@ def check_finite(where: str, **numbers: float):
 @dataclass
 class PPOConfig:
     """Defaults are the toy's. HH = Bai et al. B.1, IG = Ouyang et al. C.4, OO = Gao et al. App. C."""
-    iterations: int = 60        # rollout + update; HH's runs saw some 2e5 responses (read off Fig. 16)
+    iterations: int = 70        # rollout + update; HH's runs saw some 2e5 responses (read off Fig. 16)
     batch: int = 256            # responses an iteration (not stated in HH; IG 512, OO 256)
     minibatch: int = 64         # responses a step (not stated in HH; IG 64)
     passes: int = 1             # K over the same responses: HH 1 (2 robustness, 4 online), IG 1
@@ -51,7 +51,7 @@ class PPOConfig:
     warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses in the robustness studies)
     clip: float = 0.2           # HH, IG, OO 0.2
     value_clip: float = 0.2     # not stated in HH; the same as `clip` in OpenAI's RLHF code
-    kl_coef: float = 0.05       # HH lambda_KL 0.001 (KL up to 100), IG beta 0.02, OO 0; here the KL is a few nats
+    kl_coef: float = 0.2        # HH lambda_KL 0.001, IG beta 0.02, OO 0; README: "What differs"
     gamma: float = 1.0          # HH, IG: no discount
     gae_lambda: float = 0.95    # not stated in HH and IG; OO 0.95
     max_grad_norm: float = 1.0  # not stated in HH and IG; the usual 1
