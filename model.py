@@ -159,7 +159,8 @@ def token_logprobs(model: GPT, hidden, targets, temperature=1.0, max_logits=2**2
     if len(targets) <= n:
         logp = chunk(hidden, targets)
     else:
-        logp = torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n))])
+        logp = torch.cat([checkpoint(chunk, h, t, use_reentrant=False)
+                          for h, t in zip(hidden.split(n), targets.split(n))])
     if not entropies:
         return logp
     with torch.no_grad():

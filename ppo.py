@@ -46,7 +46,7 @@ class PPOConfig:
     minibatch: int = 64         # responses a step (not stated in HH; IG 64)
     passes: int = 1             # K over the same responses: HH 1 (2 robustness, 4 online), IG 1
     max_response: int = 32      # tokens; HH 128, and 32 in the robustness studies
-    lr: float = 5e-4            # HH: 0.01 x the pretraining rate, over 13 times more responses; here 0.1 x
+    lr: float = 5e-4            # HH: 0.01 x the pretraining rate, over 11 times more responses; here 0.1 x
     critic_lr: float = 1e-3     # not stated in HH; IG has a rate of its own for the value network
     warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses in the robustness studies)
     clip: float = 0.2           # HH, IG, OO 0.2
@@ -122,7 +122,8 @@ def rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: int, t
         tokens[group, :P] = ids
         with autocast(device):
             cache = KVCache(policy.cfg, B, P + R, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-            hidden = policy(ids, cache)[torch.arange(B, device=device), prompt_len - 1]  # (B, D) at the last prompt token
+            hidden = policy(ids, cache)  # (B, P, D)
+            hidden = hidden[torch.arange(B, device=device), prompt_len - 1]  # (B, D) at the last prompt token
             cache.lengths = prompt_len.clone()  # pads of shorter prompts lie beyond it and get overwritten
             for t in range(R):
                 new, new_logp = sample(policy.logits(hidden), u[:, t], temperature)  # (B,), (B,)
@@ -268,7 +269,8 @@ def experience(policy, reference, critic, scores, ro: Rollouts, cfg: PPOConfig, 
     # 5. Advantages. Returns are made from them before whitening, or the critic would learn whitened ones.
     advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.gae_lambda)
     unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
-    stats = dict(score=scores.mean(), reward=total.mean(), kl=(k1 * mask).sum(1).mean(), kl_k3=(k3 * mask).sum(1).mean(),
+    stats = dict(score=scores.mean(), reward=total.mean(),
+                 kl=(k1 * mask).sum(1).mean(), kl_k3=(k3 * mask).sum(1).mean(),  # nats a response
                  tokens=ro.response_len.float().mean(), finished=ro.finished.float().mean(),
                  explained_variance=1 - unexplained)
     return Experience(old, old_values, whiten(advantages, mask), returns), {k: v.item() for k, v in stats.items()}
@@ -327,7 +329,7 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                     # dropout differ between the two passes, and nothing PPO does from here on means what it should.
                     off = (ratio - 1).abs()
                     if first_step and not (off.max() <= 1e-3 if device.type == "cpu" else off.mean() <= 2e-2):
-                        raise TrainingError(f"{where}: the ratio is off 1 by {off.max().item():.4f} before the first step")
+                        raise TrainingError(f"{where}: the ratio is off 1 by {off.max().item():.4f} at the first step")
             norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm).item()
                      for net in (policy, critic)]
             check_finite(where, policy_gradient=norms[0], critic_gradient=norms[1])

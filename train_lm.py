@@ -98,7 +98,8 @@ def train(run: Run, cfg: LMConfig):
     bar = tqdm(range(first, len(batches)), desc="train LM", unit="step", initial=first, total=len(batches), leave=False)
     for step in bar:
         if step % 200 == 0:  # step 0 too: from then on, an older lm.pt is known to be stale
-            save(run.path("lm_state.pt"), stage="lm", step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
+            save(run.path("lm_state.pt"), stage="lm", step=step,
+                 model=model.state_dict(), optimizer=optimizer.state_dict())
         progress = step / len(batches)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * progress))
