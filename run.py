@@ -19,7 +19,7 @@ from random import Random
 
 import torch
 
-from data import Tokenizer, UserError, write_atomically
+from data import MIN_PROMPT, Tokenizer, UserError, write_atomically
 from model import GPT, SIZES, GPTConfig
 from pm import ScalarModel
 from ppo import TrainingError
@@ -178,15 +178,15 @@ class Run:
             raise UserError("--tokenizer gpt2 is for real data; the toy world has its own small vocabulary")
         self.cfg, self.seed, self.device = cfg, cfg.seed, choose_device(cfg.device)
         self.context = cfg.context or (SIZES[cfg.size].context if self.toy else 512)
-        if self.context < 16:
-            raise UserError(f"--context {self.context}: too short for a dialogue; at least 16")
+        if self.context < MIN_PROMPT:
+            raise UserError(f"--context {self.context}: too short for a dialogue; at least {MIN_PROMPT}")
         name = "toy" if self.toy else Path(cfg.data).resolve().name.split(".")[0]
         self.out = Path(cfg.out or f"out/{name}-{cfg.seed}")
         self.tok: Tokenizer | None = None  # train_lm makes it
 
     def check_room(self, option: str, max_response: int):
         """Responses of this length must leave room for a prompt (and for the end-of-context token)."""
-        if self.context - max_response - 1 < 16:
+        if self.context - max_response - 1 < MIN_PROMPT:
             raise UserError(f"{option} {max_response} leaves no room for a prompt in --context {self.context}")
 
     def path(self, name: str) -> Path:

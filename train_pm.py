@@ -136,11 +136,11 @@ def train(run: Run, cfg: PMConfig):
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     print(f"    {len(pairs):,} comparisons, {len(batches)} steps" + (f", from step {first}" if first else ""))
-    metrics = Metrics(run, "pm", first)
+    metrics, parent = Metrics(run, "pm", first), file_hash(run.path("lm.pt"))
     bar = tqdm(range(first, len(batches)), desc="train PM", unit="step", initial=first, total=len(batches), leave=False)
     for step in bar:
         if step % 50 == 0:  # step 0 too: from then on, an older pm.pt is known to be stale
-            save(run.path("pm_state.pt"), stage="pm", parent=file_hash(run.path("lm.pt")), step=step,
+            save(run.path("pm_state.pt"), stage="pm", parent=parent, step=step,
                  model=pm.state_dict(), optimizer=optimizer.state_dict())
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))

@@ -152,8 +152,10 @@ def train(run: Run, cfg: RLConfig):
     if first == 0:
         metrics.write(0, **{f"eval_{k}": v for k, v in before.items()})
 
+    parent = file_hash(run.path("pm.pt"))
+
     def save_state(iteration):
-        save(run.path("rl_state.pt"), stage="rl", parent=file_hash(run.path("pm.pt")), iteration=iteration,
+        save(run.path("rl_state.pt"), stage="rl", parent=parent, iteration=iteration,
              policy=policy.state_dict(), critic=critic.state_dict(), optimizer=optimizer.state_dict())
 
     if first == 0:
