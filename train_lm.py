@@ -198,23 +198,25 @@ def top_kl(student: GPT, hidden, teacher: GPT, teacher_hidden, top: int, max_log
     """D_KL(teacher || student) in nats a token, on the teacher's `top` likeliest tokens and one outcome for all the
     others (App. A.1). hidden, teacher_hidden (N, D) -> (N,), differentiable in the student.
 
-    In chunks of at most `max_logits` logits, which the backward pass makes again (see model.token_logprobs)."""
+    In chunks of at most `max_logits` logits; the backward pass makes the student's again (see model.token_logprobs)."""
     top = min(top, student.cfg.vocab_size - 1)
 
     def coarse(logp, index):
         rest = logp.scatter(1, index, float("-inf")).logsumexp(1, keepdim=True)  # not log(1 - sum): that loses digits
         return torch.cat((logp.gather(1, index), rest), 1)  # (n, top + 1)
 
-    def chunk(h, th):
-        with torch.no_grad():
-            p = F.log_softmax(teacher.logits(th), -1)  # (n, V)
-            index = p.topk(top, -1).indices
-            p = coarse(p, index)
+    @torch.no_grad()
+    def target(th):  # outside the checkpoint: once is enough
+        logp = F.log_softmax(teacher.logits(th), -1)  # (n, V)
+        index = logp.topk(top, -1).indices
+        return index, coarse(logp, index)
+
+    def divergence(h, index, p):
         q = coarse(F.log_softmax(student.logits(h), -1), index)
         return (p.exp() * (p - q)).sum(1)
 
     n = max(1, max_logits // student.cfg.vocab_size)
-    return torch.cat([checkpoint(chunk, h, th, use_reentrant=False)
+    return torch.cat([checkpoint(divergence, h, *target(th), use_reentrant=False)
                       for h, th in zip(hidden.split(n), teacher_hidden.split(n))])
 
 

@@ -1,6 +1,7 @@
 """Preference-model pretraining (GL §4; HH App. A.2): how much better is a PM that has seen cheap comparisons first?
 
-    python experiments/pmp.py                # 3 seeds, about ... minutes on two cores; --full: 6 seeds, more sizes
+    python experiments/pmp.py                # 3 seeds; minutes on two CPU cores
+    python experiments/pmp.py --full         # 6 seeds, up to 16,000 comparisons
 
 The cheap ones are 4,000 pairs of answers to a forum post, by their upvotes (toy.upvoted), a biased and noisy sign of
 what is helpful. A PM is pretrained on them as they are ("ranked": A above B) or as questions with a fixed answer

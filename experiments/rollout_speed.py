@@ -38,8 +38,8 @@ from ppo import PPOConfig, experience, pm_scores, update
 from rollout import Sampler
 from run import choose_device, rng, torch_rng
 
-SHAPES = {"toy": (SIZES["toy"], 1024, 192), "10M": (GPTConfig(6, 6, 384), 1024, 640),
-          "gpt2": (SIZES["gpt2"], 50304, 1024)}
+SHAPES = {"toy": (SIZES["toy"], 1024, 512), "10M": (GPTConfig(6, 6, 384), 1024, 640),
+          "gpt2": (SIZES["gpt2"], 50304, 1024)}  # shape, vocabulary, context: room for HH's lengths at every size
 # Deciles (5%, 15%, ..., 95%) of prompt and response lengths in tokens. HH: 1,500 comparisons of HH-RLHF's test files in
 # GPT-2's encoding, the chosen reply, cut at the 128 tokens of the paper's samples (App. B.1). Toy: held-out prompts
 # and the LM's replies.
@@ -334,10 +334,7 @@ def main():
     rows = []
     spreads = ("hh", "toy", "constant") if args.spread == "all" else (args.spread,)
     for spread in () if args.only == "iteration" else spreads:
-        if max(map(max, SPREADS[spread])) * 2 <= context or args.size != "toy":
-            sampling_table(policy, spread, args, device, rows)
-        else:
-            print(f"\n{spread}: left out, its prompts don't fit the toy's context")
+        sampling_table(policy, spread, args, device, rows)
     if args.only != "sampling":
         iteration_table(policy, args.spread if args.spread != "all" else "toy", args, device)
     if args.csv and rows:
