@@ -278,7 +278,7 @@ def merge_pair(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]
 
 @dataclass
 class Comparison:
-    """One prompt, two replies: the unit of human feedback (HH §2.2)."""
+    """One prompt, two replies: the unit of human feedback (HH §2.1)."""
     prompt: str                     # ends in "\n\nAssistant:"
     chosen: str                     # the reply the crowdworker preferred, raw text
     rejected: str                   # the other one; in red teaming, the more harmful one

@@ -39,8 +39,8 @@ SIZES = {
     "toy": GPTConfig(2, 4, 128, context=192),
     "gpt2": GPTConfig(12, 12, 768), "gpt2-medium": GPTConfig(24, 16, 1024),
     "gpt2-large": GPTConfig(36, 20, 1280), "gpt2-xl": GPTConfig(48, 25, 1600),
-    # The paper's seven (sizes: §3.1; D = 128 L: GL), named by their parameters without the embeddings. The number
-    # of heads is not stated, so heads are 64 wide as in GPT-2 (128 from 2.7B on).
+    # The paper's seven (13M to 52B by some 4x: §3.1; the others, and D = 128 L: GL), named by their parameters without
+    # the embeddings. HH does not state the number of heads, so heads are 64 wide as in GPT-2 (128 from 2.7B on).
     "13M": GPTConfig(4, 8, 512, **_PAPER), "42M": GPTConfig(6, 12, 768, **_PAPER),
     "197M": GPTConfig(10, 20, 1280, **_PAPER), "810M": GPTConfig(16, 32, 2048, **_PAPER),
     "2.7B": GPTConfig(24, 24, 3072, **_PAPER), "13B": GPTConfig(40, 40, 5120, **_PAPER),

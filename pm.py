@@ -73,7 +73,7 @@ def score_rows(pm: ScalarModel, rows: list[list[int]], token_budget: int = 0, de
 def ranking_loss(chosen, rejected, weight=None):
     """L = -log sigmoid(r_chosen - r_rejected) = log(1 + exp(r_rejected - r_chosen)), mean over (N,) pairs.
 
-    This is the log-likelihood of Eq. 4.2; GL §3.1 gives the loss. Written with softplus, as log(sigmoid(x))
+    This is the negative log-likelihood of Eq. 4.2; GL §3.1 gives the loss. Written with softplus, as log(sigmoid(x))
     is -inf for x = -110. `weight` (N,) is the lambda of §5.1.2, which scales the harmless comparisons."""
     loss = F.softplus(rejected - chosen)  # (N,)
     return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
@@ -221,8 +221,8 @@ def line_fit(x, y) -> tuple[float, float, float]:
 def fit_scaling(params, pairs, accuracy, at=(1e11, 8e4)):
     """Eq. A.1: accuracy = a + b log(P / 1e11) + c log(D / 8e4) for P parameters, D comparisons -> (a, b, c), R^2.
 
-    HH's helpful-only PMs: 0.72, 0.007, 0.015. The base of the log is not stated; natural logs fit Fig. 7. `at` is the
-    point where the accuracy is a."""
+    HH's helpful-only PMs: 0.72, 0.007, 0.015. The base of the log is not stated; natural logs fit the plotted curves.
+    `at` is the point where the accuracy is a."""
     columns = [torch.ones_like(_f64(params)), torch.log(_f64(params) / at[0]), torch.log(_f64(pairs) / at[1])]
     w, r2 = least_squares(torch.stack(columns, 1), accuracy)
     return tuple(w.tolist()), r2
@@ -262,8 +262,8 @@ def fit_elo(wins, anchor=0):
     differences are known, so `anchor` has Elo 0 and error 0.
 
     wins (K, K): [i, j] is how often i was preferred to j. HH drop "unsure" choices (B.5); who keeps them counts half
-    a win for each side. The covariance is the inverse of the Fisher information (how HH get errors: not stated),
-    which takes choices as independent; those in one chat are not quite.
+    a win for each side. The covariance is the inverse of the Fisher information (HH: errors by maximum likelihood too,
+    B.5; the formula is not given), which takes choices as independent; those in one chat are not quite.
     Raises ValueError where the likelihood has its maximum at infinity, as for a player who never lost. No prior is
     slipped in: it would say how far ahead that player is. To have one, add it to `wins`."""
     wins = _f64(wins).clone()

@@ -42,13 +42,13 @@ def check_finite(where: str, **numbers: float):
 @dataclass
 class PPOConfig:
     """Defaults are the toy's. HH = Bai et al. B.1, IG = Ouyang et al. C.4, OO = Gao et al. App. C."""
-    iterations: int = 65        # rollout + update; HH's runs saw some 2e5 responses (read off Fig. 16)
+    iterations: int = 65        # rollout + update; HH's total is not stated, Fig. 33 is at 2e5 responses
     batch: int = 256            # responses an iteration (not stated in HH; IG 512, OO 256)
     minibatch: int = 64         # responses a step (not stated in HH; IG 64)
     passes: int = 1             # K over the same responses: HH 1 (2 robustness, 4 online), IG 1
     max_response: int = 32      # tokens; HH 128, and 32 in the robustness studies
-    lr: float = 5e-4            # HH: 0.01 x the pretraining rate, over 11 times more responses; here 0.1 x
-    critic_lr: float = 1e-3     # not stated in HH; IG has a rate of its own for the value network
+    lr: float = 5e-4            # HH: 0.01 x the pretraining rate, over some 12 times as many responses; here 0.1 x
+    critic_lr: float = 1e-3     # toy; not stated in HH; IG has a rate of its own for the value network
     warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses in the robustness studies)
     clip: float = 0.2           # HH, IG, OO 0.2
     value_clip: float = 0.2     # not stated in HH; the same as `clip` in OpenAI's RLHF code
@@ -151,7 +151,9 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def whiten(x, mask):
-    """Mean 0, variance 1 over the valid tokens of the whole batch; 0 where masked. One valid token gives 0."""
+    """Mean 0, variance 1 over the valid tokens of the whole batch; 0 where masked. One valid token gives 0.
+
+    Not stated in HH and IG; OpenAI's first RLHF code does it."""
     kept = x[mask]
     return torch.where(mask, (x - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8), 0)
 
@@ -209,7 +211,9 @@ def policy_loss(logp, old_logp, advantages, clip):
 
 
 def value_loss(new_values, old_values, returns, clip):
-    """Token-wise 0.5 * max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the OLD value."""
+    """Token-wise 0.5 * max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the OLD value.
+
+    Not stated in HH and IG; this form is that of OpenAI's first RLHF code."""
     clipped = old_values + (new_values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
 

@@ -45,8 +45,9 @@ class RunConfig:
 
 
 # For one GPU, the full HH-RLHF data and GPT-2. Rates are the paper's multiples (context distillation 0.05, PMP 0.1, PM and
-# RL 0.01) of the pretraining rates that GPT-3's table gives for these sizes, 6e-4 and 3e-4; the RL batch and KL
-# coefficient are IG's; 400 x 512 responses are HH's 2e5. Chosen on paper, not yet tried at full length.
+# RL 0.01) of the pretraining rates that GPT-3's table gives for these sizes, 6e-4 and 3e-4; the RL batch, the KL
+# coefficient and the critic's rate are IG's; 400 x 512 responses are as many as in HH's Fig. 33. Chosen on paper, not yet
+# tried at full length.
 _HH = {"run.data": "hh-rlhf", "run.context": 512, "cd.documents": 20_000, "pm.batch": 64, "pmp.batch": 64,
        "rl.iterations": 400, "rl.batch": 512, "rl.max_response": 128, "rl.kl_coef": 0.02, "rl.warmup": 10}
 PRESETS = {

@@ -222,7 +222,8 @@ def top_kl(student: GPT, hidden, teacher: GPT, teacher_hidden, top: int, max_log
 
 def distillation_loss(student: GPT, teacher: GPT, prompt: list[int], rows: list[list[int]], top: int, device):
     """Mean KL over the tokens of a batch of rows. The teacher reads each row behind the prompt, the student alone.
-    (HH puts half of its documents into a human turn after the prompt; here they follow it directly.)"""
+    (HH puts half of its documents into a human turn after the prompt; here they follow it directly. HH's teacher is
+    the 52B model for students of all sizes; here it is the student's own LM.)"""
     ids, lengths = (t.to(device) for t in pad(rows))  # (B, T), (B,)
     real = torch.arange(1, ids.shape[1], device=device) < lengths[:, None]  # (B, T - 1) targets that are no pads
     behind = torch.tensor(prompt, device=device).expand(len(rows), -1)  # (B, P)

@@ -28,11 +28,11 @@ from train_lm import CDConfig, LMConfig, ensure as ensure_lm
 
 @dataclass
 class PMPConfig:
-    pairs: int = 3000           # toy: comparisons by upvotes (0: none); GL some millions
+    pairs: int = 3000           # toy: comparisons by upvotes (0: none); GL far more
     data: str = ""              # real data: comparisons in HH-RLHF's format (without them there is no PMP)
     ranked: bool = False        # rank A above B; the default tells good from bad, which transfers better (GL §4.1)
-    lr: float = 5e-4            # constant, one epoch (App. A.2). HH: 0.1 x the LM's rate, and here too
-    batch: int = 32             # comparisons a step (not stated in HH and GL)
+    lr: float = 5e-4            # constant (§3.1), one epoch (App. A.2). HH: 0.1 x the LM's rate, and here too
+    batch: int = 32             # comparisons a step (not stated in HH)
     warmup: int = 10            # steps (not stated in HH)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in HH)
     token_budget: int = 0       # tokens a forward pass holds (0: model.tokens_at_once); changes memory, not the result
@@ -45,10 +45,10 @@ class PMConfig:
     test: int = 1000            # toy: held-out comparisons of each kind
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices, above 0 (toy.preference)
     max_response: int = 32      # toy: tokens of a sampled reply
-    lr: float = 3e-4            # constant, one epoch (App. A.2). HH: 0.01 x the LM's rate; here 0.06 x
+    lr: float = 3e-4            # constant (§3.1), one epoch (App. A.2). HH: 0.01 x the LM's rate; here 0.06 x
     batch: int = 16             # comparisons a step (not stated in HH; IG 64 prompts)
     warmup: int = 10            # steps (not stated in HH)
-    harmless_weight: float = 1.0  # lambda of L = L_helpful + lambda L_harmless (§5.1.2; 2 or 3 was best there)
+    harmless_weight: float = 1.0  # lambda of L = L_helpful + lambda L_harmless (§5.1.2; 2 or 3 beat 1 in mean accuracy)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in HH)
     token_budget: int = 0       # tokens a forward pass holds (0: model.tokens_at_once); changes memory, not the result
 
@@ -57,7 +57,7 @@ class PMConfig:
 
 
 def collect(run: Run, cfg: PMConfig, policy: GPT, kind: str, split: str, n: int) -> list[Comparison]:
-    """Sample two replies to each of n toy prompts and let a crowdworker choose (§2.2).
+    """Sample two replies to each of n toy prompts and let a crowdworker choose (§2.1).
 
     Pairs that are the same text, or that hold a reply that didn't finish (it has no text form that says so),
     are dropped and counted."""
@@ -127,7 +127,8 @@ def binarise(pairs: list[Comparison]) -> list[Comparison]:
 def fit(run: Run, stage: str, cfg, pm: ScalarModel, chosen, rejected, weights, state, parents: str):
     """One epoch of the ranking loss over comparisons, given as rows of ids (chosen, rejected) and weights (N,).
 
-    Each is seen once. More overfits (IG C.2), and HH reads one epoch as a data-scaling curve."""
+    Each is seen once: more overfits (HH App. A.2, IG C.2), and HH reads one epoch as a data-scaling curve (§3.1). The
+    optimizer is not stated in HH; betas are IG's."""
     device, order = run.device, torch.randperm(len(chosen), generator=run.torch_rng(f"{stage} batches"))
     batches = order.split(cfg.batch)
     optimizer = torch.optim.AdamW(pm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

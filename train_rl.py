@@ -114,7 +114,8 @@ class Learner:
     def __init__(self, run: Run, cfg: RLConfig, reference: GPT, pm: ScalarModel):
         self.run, self.cfg, self.reference, self.pm = run, cfg, reference, pm  # the last two are frozen
         self.policy = run.prepare(copy.deepcopy(reference))
-        # The critic starts from the PM (IG C.4; HH does not say what its value network is), with a head of zeros.
+        # The critic starts from the PM (IG C.4; HH does not say what its value network is), with a head of zeros
+        # (OpenAI's first RLHF code).
         self.critic = run.prepare(ScalarModel(pm.trunk, zero_head=True).to(run.device))
         groups = [dict(params=self.policy.parameters(), peak=cfg.lr), dict(params=self.critic.parameters(), peak=cfg.critic_lr)]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)  # betas: IG; eps: OpenAI's code

@@ -4,8 +4,9 @@
     python experiments/best_of_n.py --full    # more prompts, 5 seeds
 
 N = 64 replies to each of some held-out prompts give the mean for every n up to 64 at once, without bias (pm.best_of_n).
-Measured: PM score and true utility of the best reply (the paper: Elo by crowdworkers), as gains over one reply of the
-initial policy; and the same of PPO against the same PM, at each n's KL, at each n's PM score, and at PPO's end.
+Measured: PM score and true utility of the best reply (HH: Elo by crowdworkers, under another PM than that of the online
+RLHF beside it, a rough comparison), as gains over one reply of the initial policy; and the same of PPO against the same
+PM, at each n's KL, at each n's PM score, and at PPO's end.
 
 The KL of best-of-n is log n - (n - 1) / n where no two replies tie (HH quote the upper bound log n: 4.2 instead of 3.2
 for n = 64). In this small world replies repeat, which makes it less. So at "equal KL" best-of-n is given more than it

@@ -1,5 +1,5 @@
-"""Crowdworkers' Elo of prompting, context distillation, best-of-n and RLHF (Fig. 1), and whether PM scores foretell it
-(Eq. 2.1, Fig. 35).
+"""Crowdworkers' Elo of context distillation, best-of-n and RLHF (Figs 1 and 36; prompting is ours), and whether PM scores
+foretell it (Eq. 2.1, Fig. 35).
 
     python experiments/elo.py                # 1 seed; minutes on two CPU cores
     python experiments/elo.py --full         # 3 seeds
@@ -9,9 +9,9 @@ of 16 of its replies by the PM, RLHF against that PM, and helpful-only RLHF, who
 Crowdworkers choose the more helpful of two replies to a helpful prompt, the less harmful of two to a red-team prompt;
 each gives an Elo of its own, 0 for the initial policy.
 
-By Eq. 2.1 one unit of PM score is worth 174 Elo. Four numbers stand side by side (as in Fig. 35): 174 times the mean
-PM score, Elo from the PM's own choices in the same matches, 174 times the mean of the truth that crowdworkers go by,
-and their Elo. The first and third take a mean where the second and fourth count choices. Choices saturate: a reply
+By Eq. 2.1 one unit of PM score is worth 174 Elo. Four numbers stand side by side (after Fig. 35, whose two mean PM
+scores, on held-out prompts and on crowdworkers' dialogues, are one here; the truth is ours): 174 times the mean PM score,
+Elo from the PM's own choices in the same matches, 174 times the mean of the truth that crowdworkers go by, and their Elo. The first and third take a mean where the second and fourth count choices. Choices saturate: a reply
 that is better by 4 logits wins hardly more often than one that is better by 2.
 """
 import dataclasses
@@ -109,7 +109,7 @@ def experiment(args):
 
     lab.finish("elo", args, rows, draw, (
         ("HOLDS" if not failed else "DOES NOT HOLD as stated") + ": Fig. 1, RLHF above the initial policy, helpful-only "
-        "RLHF as helpful and less harmless (threshold: 2 standard errors of the difference)"
+        "RLHF at least as helpful and less harmless (threshold: 2 standard errors of the difference)"
         + (f"; it fails at: {'; '.join(failed)}." if failed else f", in each of n = {len(seeds)} seeds.")))
 
 

@@ -5,9 +5,10 @@ first model's?
     python experiments/online.py --full      # 4 seeds
 
 Two runs spend the same number of helpful comparisons. The static one asks for all of them at the start, about pairs of the
-initial policy's replies. The online one asks for a quarter about those ("base"), a quarter about the best of 16 by a PM of
-the first quarter ("RS", rejection sampling), and the rest in rounds: a PM from scratch on all comparisons so far, RLHF from
-the initial policy, comparisons between that run's policies and the best of the round before, all data mixed. Then each run
+initial policy's replies. The online one asks for a quarter (HH: a third each) about those ("base"), a quarter about the
+best of 16 by a PM of the first quarter ("RS", rejection sampling), and the rest in rounds: a PM from scratch on all
+comparisons so far, RLHF from the initial policy, comparisons between that run's policies and the last one of the round
+before, all data mixed. Then each run
 trains its last PM from scratch and, with the same PPO options, its last policy. Comparisons are few and the KL penalty small,
 so that the static PM has flaws for PPO to find.
 

@@ -3,8 +3,8 @@
     python experiments/pm_scaling.py              # three sizes, 250 to 8,000 comparisons, 1 seed; minutes
     python experiments/pm_scaling.py --full       # up to 16,000 comparisons, 3 seeds
 
-PMs of each size learn from nested subsets of one set of comparisons: helpful ones only (Figs 7, 32), or two thirds
-helpful and one third harmless ones (Fig. 31); one epoch at a constant rate, each PM anew from the LM. (HH read the same
+PMs of each size learn from nested subsets of one set of comparisons: helpful ones only (Fig. 32), or two thirds
+helpful and one third harmless ones (Figs 7, 31); one epoch at a constant rate, each PM anew from the LM. (HH read the same
 off one training run.) Accuracy on held-out comparisons is fitted, for all sizes and amounts together, by Eq. A.1:
 
     accuracy = a + b log(P / P_max) + c log(D / D_max)      P parameters without the embeddings, D comparisons
@@ -80,8 +80,8 @@ def experiment(args):
 
     (a, b, c), r2 = fits["helpful", "helpful"]
     holds = r2 >= LOG_LINEAR and b > 0 and c > 0
-    numbers = (f"for helpful-only PMs Eq. A.1 has b = {b:.3f} and c = {c:.3f} (HH: 0.007 and 0.015) with "
-               f"R^2 = {r2:.3f} (threshold {LOG_LINEAR}, and b and c above 0); trained on both kinds, R^2 is "
+    numbers = (f"for helpful-only PMs Eq. A.1 has b = {b:.3f} and c = {c:.3f} (HH: 0.007 and 0.015, if its "
+               f"logs are natural) with R^2 = {r2:.3f} (threshold {LOG_LINEAR}, and b and c above 0); trained on both kinds, R^2 is "
                f"{fits[curves[1]][1]:.3f} on helpful and {fits[curves[2]][1]:.3f} on harmless comparisons")
     lab.finish("pm_scaling", args, rows, draw, ("HOLDS: accuracy grows with log D and log P: " if holds else
                "DOES NOT HOLD: accuracy is not log-linear here: ") + numbers + ".")

@@ -7,8 +7,8 @@ The cheap ones are 4,000 pairs of answers to a forum post, by their upvotes (toy
 what is helpful. A PM is pretrained on them as they are ("ranked": A above B) or as questions with a fixed answer
 ("binarised": "GOOD" above "BAD" before A, "BAD" above "GOOD" before B). Then it is trained on few or many of the
 crowdworkers' comparisons of helpful replies, and its accuracy on held-out ones is compared with that of a PM that
-starts from the LM. GL find a gain of 5 to 10 points with few comparisons, and more from the binarised kind: it has less
-to unlearn.
+starts from the LM. GL find 5 to 10 points at 52B with 500 comparisons, and more from the binarised kind: it has less to
+unlearn.
 """
 import torch
 

@@ -4,7 +4,8 @@ ground truth, which the paper did not have, sees all, and turns down.
     python experiments/robustness.py           # PMs of two sizes x two amounts of data; minutes on two CPU cores
     python experiments/robustness.py --full    # three sizes x three amounts, 3 seeds, longer
 
-Comparisons are split in halves, as in the paper: a train PM learns from one, a test PM of the same size from the other.
+Comparisons are split in halves, as in the paper: a train PM learns from one, a test PM from the other (here of the same
+size; HH score each policy by test PMs of all seven).
 The policy (toy size) is trained by PPO against the train PM, without a KL penalty and with two passes over the same
 responses (HH: 0.001 and 2). The paper's PMs grow with the policy or are all of the largest size; here the policy stays
 the same (OO's design), so that only the PM's robustness differs.

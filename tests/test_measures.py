@@ -177,7 +177,7 @@ def test_scaling_fit_finds_the_papers_coefficients():
     params, pairs = zip(*points)
     coefficients, r2 = fit_scaling(params, pairs, [accuracy(*x) for x in points])
     assert coefficients == pytest.approx((0.72, 0.007, 0.015), abs=1e-9) and r2 == pytest.approx(1.0)
-    assert (round(accuracy(13e6, 8e4), 3), round(accuracy(52e9, 8e4), 3)) == (0.657, 0.715)  # natural logs: Fig. 7
+    assert (round(accuracy(13e6, 8e4), 3), round(accuracy(52e9, 8e4), 3)) == (0.657, 0.715)  # as the curves are drawn, with natural logs
     # Another point of reference moves the first coefficient only, to the accuracy there.
     moved, _ = fit_scaling(params, pairs, [accuracy(*x) for x in points], at=(13e6, 1e3))
     assert moved == pytest.approx((accuracy(13e6, 1e3), 0.007, 0.015), abs=1e-9)
