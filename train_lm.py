@@ -26,7 +26,7 @@ import hub
 import toy
 from data import (MIN_PROMPT, Tokenizer, UserError, batches_by_length, counts_line, gpt2_tokenizer, load_comparisons, pad,
                   train_bpe)
-from model import GPT, autocast, token_logprobs, tokens_at_once
+from model import GPT, autocast, logits_at_once, token_logprobs, tokens_at_once
 from ppo import check_finite
 from rollout import rollout
 from run import Metrics, Run, RunConfig, file_hash, load_model, main, save, save_model
@@ -194,11 +194,11 @@ Assistant: Then I would give the dough more time. At 18 degrees it can need ten 
 the clock: shape it once it has grown by half and shakes like jelly."""
 
 
-def top_kl(student: GPT, hidden, teacher: GPT, teacher_hidden, top: int, max_logits: int = 2**24):
+def top_kl(student: GPT, hidden, teacher: GPT, teacher_hidden, top: int, max_logits: int = 0):
     """D_KL(teacher || student) in nats a token, on the teacher's `top` likeliest tokens and one outcome for all the
     others (App. A.1). hidden, teacher_hidden (N, D) -> (N,), differentiable in the student.
 
-    In chunks of at most `max_logits` logits; the backward pass makes the student's again (see model.token_logprobs)."""
+    In chunks of at most `max_logits` logits (0: logits_at_once); the backward pass makes the student's again (see model.token_logprobs)."""
     top = min(top, student.cfg.vocab_size - 1)
 
     def coarse(logp, index):
@@ -215,7 +215,7 @@ def top_kl(student: GPT, hidden, teacher: GPT, teacher_hidden, top: int, max_log
         q = coarse(F.log_softmax(student.logits(h), -1), index)
         return (p.exp() * (p - q)).sum(1)
 
-    n = max(1, max_logits // student.cfg.vocab_size)
+    n = max(1, logits_at_once(max_logits, hidden.device) // student.cfg.vocab_size)
     return torch.cat([checkpoint(divergence, h, *target(th), use_reentrant=False)
                       for h, th in zip(hidden.split(n), teacher_hidden.split(n))])
 
