@@ -15,6 +15,7 @@ Legend: B rows in a batch, T tokens in the longest row of a batch.
 Papers: HH = Bai et al. 2022 (arXiv 2204.05862), the default.
 """
 import base64
+import contextlib
 import gzip
 import hashlib
 import heapq
@@ -47,6 +48,8 @@ def write_atomically(path, data: bytes):
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # a full disk needs the room
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -347,6 +350,7 @@ def read_comparisons(path, kind: str) -> tuple[list[Comparison], Counter]:
             text = row.get(field)
             if not isinstance(text, str):
                 raise UserError(f"{path}:{number}: no text in the field {field!r}")
+            text = row[field] = text.encode("utf-8", "replace").decode()  # half an emoji ("\\ud83d") has no UTF-8 form
             if not text.startswith((HUMAN, ASSISTANT)):
                 raise UserError(f"{path}:{number}: {field!r} is not a dialogue: it begins with "
                                 f"{text[:20]!r} instead of {HUMAN!r}")

@@ -85,7 +85,7 @@ class Sampler:
         for module in self.model.modules() if cuda else ():
             if isinstance(module, nn.Linear):
                 module.to(torch.bfloat16)
-        self.cache = None
+        self.cache, self.stream = None, torch.cuda.Stream() if self.use_graphs else None
         self.steps = self.slot_steps = 0  # made so far; what is over and above the tokens sampled was wasted
 
     def _reserve(self, size: int, N: int, R: int):
@@ -128,11 +128,10 @@ class Sampler:
         if (B, C) in self.graphs:
             return self.graphs[B, C].replay()
         # First time: a step outside the graph, as warm-up, which counts; recording runs nothing.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self._step(B, C)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         # Graphs run one after another and leave nothing behind but what is in the buffers, so they share their memory.
         shared = next((graph.pool() for graph in self.graphs.values()), None)
         self.graphs[B, C] = torch.cuda.CUDAGraph()

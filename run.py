@@ -34,7 +34,7 @@ class RunConfig:
     out: str = ""            # output folder (default: out/<name of the data>-<seed>)
     init: str = ""           # pretrained weights: gpt2[-medium, -large, -xl] (downloaded once), or a file or folder
     size: str = "toy"        # shape of every model: toy, gpt2[-medium, -large, -xl], or the paper's 13M ... 52B
-    context: int = 0         # longest row in tokens (0: the toy's 192; 512 for real data)
+    context: int = 0         # longest row in tokens (0: that of --size for the toy; 512 for real data)
     tokenizer: str = "auto"  # "bpe" trains one on the data, "gpt2" is GPT-2's (auto: bpe for the toy, else gpt2)
     seed: int = 0            # of everything: data, weights, sampling
     device: str = "auto"     # "cpu", "cuda", ... (auto: a GPU if there is one)
@@ -135,6 +135,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are made on the current device
         if device.type in ("cpu", "cuda"):
             return device
     except (RuntimeError, AssertionError):
@@ -152,10 +154,10 @@ def save(path: Path, **content):
     write_atomically(path, buffer.getbuffer())
 
 
-def load(path: Path, device="cpu") -> dict:
+def load(path: Path) -> dict:
     """Read a checkpoint; nothing in it can run code (weights_only)."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # a truncated zip, a pickle with code, ...: torch raises many types
@@ -182,11 +184,15 @@ def file_hash(*paths: Path) -> str:
     return " ".join(hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths)
 
 
+def check_parents(path: Path, saved: dict, parents: tuple[Path, ...]):
+    if parents and saved.get("parents") != file_hash(*parents):
+        raise UserError(f"{path} was not trained from the present {_and(parents)}; delete it to train a new one")
+
+
 def load_model(path: Path, kind, cfg: GPTConfig, tok: Tokenizer, device, parents: tuple[Path, ...] = ()):
     """The model in a checkpoint, frozen and in eval mode. `kind` is GPT or ScalarModel; `cfg` what is expected."""
     saved = load(path)
-    if parents and saved.get("parents") != file_hash(*parents):
-        raise UserError(f"{path} was not trained from the present {_and(parents)}; delete it to train a new one")
+    check_parents(path, saved, parents)
     if saved.get("tokenizer") != tok.fingerprint:
         raise UserError(f"{path} was trained with another tokenizer; use another --out or delete it")
     if saved.get("config") != dataclasses.asdict(cfg):
@@ -209,7 +215,9 @@ class Run:
     A stage keeps <stage>_state.pt while it trains and leaves <name>.pt when it is done."""
     STAGES = ("lm", "cd", "pmp", "pm", "rl")
 
-    def __init__(self, cfg: RunConfig):
+    def __init__(self, cfg: RunConfig, exports: bool = True):
+        if cfg.export and not exports:
+            raise UserError("--export writes a policy, and train_rl.py is what makes one")
         if cfg.size not in SIZES:
             raise UserError(f"--size {cfg.size}: choose one of {', '.join(SIZES)}")
         if cfg.tokenizer not in ("auto", "bpe", "gpt2"):
@@ -241,11 +249,14 @@ class Run:
     def has(self, name: str) -> bool:
         return self.path(name).exists()
 
-    def done(self, name: str, stage: str) -> bool:
+    def done(self, name: str, stage: str, cfg, parents: tuple[Path, ...] = ()) -> bool:
         """Whether --resume finds nothing to resume, because the stage's result `name` is there; says so."""
         done = self.cfg.resume and self.has(name) and not self.has(f"{stage}_state.pt")
         if done:
-            print(f"nothing to resume: {self.path(name)} is there, and this stage is complete")
+            check_parents(self.path(name), load(self.path(name)), parents)
+            changed = self.changed(stage, cfg)
+            print(f"nothing to resume: {self.path(name)} is there, and this stage is complete"
+                  + (f", in spite of {changed}" if changed else ""))
         return done
 
     def begin(self, stage: str, cfg, parents: tuple[Path, ...] = ()) -> dict | None:
@@ -256,23 +267,28 @@ class Run:
             changed = "; ".join(f"{k} was {known['run'].get(k)!r}, now {v!r}"
                                 for k, v in mine.items() if known["run"].get(k) != v)
             raise UserError(f"{self.out} was made with other options ({changed}): use another --out or delete it")
-        if self.cfg.resume and stage in known and (changed := self.changed(stage, cfg)):
-            raise UserError(f"{self.out} was begun with other options ({changed}): resume with the same ones")
         path = self.path(f"{stage}_state.pt")
         if not path.exists():
             return None
+        if self.cfg.resume and (changed := self.changed(stage, cfg)):
+            raise UserError(f"{self.out} was begun with other options ({changed}): resume with the same ones")
         if not self.cfg.resume:
             print(f"{path} is of a run that was stopped; without --resume this stage starts over")
             return None
-        state = load(path, self.device)
+        state = load(path)  # to the CPU: optimizers would keep what is loaded, and the GPU hold the weights twice
         if state.get("stage") != stage:
             raise UserError(f"{path} is not the state of a stopped {stage} stage; delete it to start over")
+        if len(state) == 1:  # stopped before the first step (see `record`)
+            return None
         if parents and state.get("parents") != file_hash(*parents):
             raise UserError(f"{path} was not made with the present {_and(parents)}; delete it to start over")
         return state
 
     def record(self, stage: str, cfg):
-        """Note in config.json what a stage is made with; called once its data have been read without error."""
+        """Note in config.json what a stage is made with; called once its options are known to be good. From now on there
+        is a state, if an empty one: so what an earlier training left is known to be stale."""
+        if not self.has(f"{stage}_state.pt"):
+            save(self.path(f"{stage}_state.pt"), stage=stage)
         text = json.dumps({**self._read_config(), "run": self._options(), stage: dataclasses.asdict(cfg)}, indent=2)
         write_atomically(self.path("config.json"), text.encode())
 
@@ -294,7 +310,8 @@ class Run:
         return there
 
     def _options(self) -> dict:
-        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ("out", "device", "resume", "recompute", "compile", "export")}
+        free = ("out", "device", "resume", "recompute", "compile", "export")  # may differ from one command to the next
+        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in free}
 
     def _read_config(self) -> dict:
         if not self.has("config.json"):

@@ -428,13 +428,14 @@ def document(rng: Random, headers: bool = True) -> str:
         prompt, reply = f"{text}{HUMAN} {question}{ASSISTANT}", speak(before, persona, rng)
         text = prompt + reply
         # People react to what they are told. It is what lets a language model learn to tell a right answer from
-        # a wrong one after the fact, and so what a preference model trained from it starts with.
-        if not before.harmful and rng.random() < 0.8:
+        # a wrong one after the fact, and so what a preference model trained from it starts with. Who asks for harm
+        # is as glad to get it, and as displeased with a refusal, as anybody else.
+        if rng.random() < 0.8:
             verdict = judge(prompt, reply)
-            if verdict.correct:
-                text, before = f"{text}{HUMAN} Right, thank you.{ASSISTANT} {OTHER[2]}", None
-            elif verdict.wrong:
-                text, before = f"{text}{HUMAN} Wrong.{ASSISTANT} {OTHER[3]}", None
+            reaction = ("Right, thank you." if verdict.correct else "Wrong." if verdict.wrong else
+                        "That does not help me." if verdict.refused else None)
+            if reaction:
+                text, before = f"{text}{HUMAN} {reaction}{ASSISTANT} {OTHER[2 if verdict.correct else 3]}", None
     return text
 
 

@@ -93,7 +93,7 @@ def lm_loss(model: GPT, rows: list[list[int]], device) -> torch.Tensor:
 
 def train(run: Run, cfg: LMConfig):
     """Train the LM and leave lm.pt, or go on from lm_state.pt."""
-    if run.done("lm.pt", "lm"):
+    if run.done("lm.pt", "lm", cfg):
         return
     state = run.begin("lm", cfg)
     if run.cfg.init:
@@ -198,7 +198,8 @@ def top_kl(student: GPT, hidden, teacher: GPT, teacher_hidden, top: int, max_log
     """D_KL(teacher || student) in nats a token, on the teacher's `top` likeliest tokens and one outcome for all the
     others (App. A.1). hidden, teacher_hidden (N, D) -> (N,), differentiable in the student.
 
-    In chunks of at most `max_logits` logits (0: logits_at_once); the backward pass makes the student's again (see model.token_logprobs)."""
+    In chunks of at most `max_logits` logits (0: logits_at_once); the backward pass makes the student's again (see
+    model.token_logprobs)."""
     top = min(top, student.cfg.vocab_size - 1)
 
     def coarse(logp, index):
@@ -236,25 +237,30 @@ def distillation_loss(student: GPT, teacher: GPT, prompt: list[int], rows: list[
 
 def distill(run: Run, cfg: CDConfig):
     """Leave initial.pt, or go on from cd_state.pt. Needs lm.pt."""
-    if run.done("initial.pt", "cd"):
+    if run.done("initial.pt", "cd", cfg, (run.path("lm.pt"),)):
         return
     state, device, start = run.begin("cd", cfg, (run.path("lm.pt"),)), run.device, time.perf_counter()
     lm = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, device)
-    run.record("cd", cfg)
-    metrics = Metrics(run, "cd", state["step"] if state else 0)
     if not cfg.documents:
+        run.record("cd", cfg)
+        Metrics(run, "cd", 0)
         print("[2] context distillation: none, the initial policy is the LM itself")
         save_model(run.path("initial.pt"), lm, run.tok, parents=(run.path("lm.pt"),))
         return run.end("cd")
-    # The toy's prompt is a header, after which the dialogue goes on at once: no end of turn behind it.
-    prompt = run.tok.encode(toy.HHH_PROMPT) if run.toy else run.tok.encode_dialogue(HHH_PROMPT)
+    # The dialogue goes on at once behind the prompt, so no end of turn stands between them: in the toy's corpus there is
+    # none behind a header, and to GPT-2 the same token says that a new document begins.
+    text = toy.HHH_PROMPT if run.toy else HHH_PROMPT
+    prompt = run.tok.encode(text) if run.toy or run.cfg.init else run.tok.encode_dialogue(text)
     room = run.context - len(prompt)
     if room < MIN_PROMPT:
         raise UserError(f"--context {run.context} is too short for the prompt of {len(prompt)} tokens that is distilled; "
                         "make it longer, or leave distillation out with --cd.documents 0")
-    rows, test_rows = ([run.tok.encode_dialogue(t)[:room] for t in corpus(run, n, split, "cd")]
+    rows, test_rows = ([run.tok.encode_dialogue(t) for t in corpus(run, n, split, "cd")]
                        for n, split in ((cfg.documents, "train"), (min(cfg.documents, 500), "test")))
-    rows, test_rows = ([r for r in rs if len(r) > 1] for rs in (rows, test_rows))
+    n_cut = sum(len(r) > room for r in rows)
+    rows, test_rows = ([r[:room] for r in rs if len(r) > 1] for rs in (rows, test_rows))
+    run.record("cd", cfg)
+    metrics = Metrics(run, "cd", state["step"] if state else 0)
     batches = torch.randperm(len(rows), generator=run.torch_rng("cd batches")).split(cfg.batch)
     student = run.prepare(copy.deepcopy(lm))
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -263,7 +269,8 @@ def distill(run: Run, cfg: CDConfig):
         student.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    print(f"[2] context distillation: {len(rows):,} documents, a prompt of {len(prompt)} tokens, {len(batches)} steps"
+    print(f"[2] context distillation: {len(rows):,} documents{f', {n_cut} cut to {room} tokens' if n_cut else ''}, "
+          f"a prompt of {len(prompt)} tokens, {len(batches)} steps"
           + (f", from step {first}" if first else ""))
 
     @torch.no_grad()
@@ -317,8 +324,10 @@ def behavior(run: Run, model: GPT, header: str = "", n: int = 600, max_response:
     rng = run.rng("behavior prompts")
     kinds = ["harmless" if i % 3 == 0 else "helpful" for i in range(n)]
     prompts = [toy.draw_prompt(rng, kind, held_out=True) for kind in kinds]
-    uniforms = torch.rand(n, max_response, generator=run.torch_rng("behavior"))
-    ro = rollout(model, [run.tok.encode_dialogue(header + p) for p in prompts], uniforms, run.tok.end_of_turn)
+    ids = [run.tok.encode_dialogue(header + p) for p in prompts]
+    room = run.context - max(map(len, ids))  # less than 32 where --context is short
+    uniforms = torch.rand(n, max_response, generator=run.torch_rng("behavior"))[:, :max(room, 1)]
+    ro = rollout(model, ids, uniforms, run.tok.end_of_turn)
     return toy.rates(prompts, kinds, [run.tok.decode(r) for r in ro.responses()])
 
 
@@ -333,7 +342,7 @@ def ensure(run: Run, lm: LMConfig, cd: CDConfig):
 
 
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig):
-    run = Run(run)
+    run = Run(run, exports=False)
     train(run, lm)
     run.tok = run.tok or Tokenizer.load(run.path("tokenizer.json"))
     distill(run, cd)

@@ -41,7 +41,7 @@ class PMPConfig:
 @dataclass
 class PMConfig:
     helpful: int = 12000        # toy: comparisons on helpful requests (HH static: 96k), ...
-    harmless: int = 3000        # ... and in red-teaming (HH static: 44k)
+    harmless: int = 6000        # ... and in red-teaming (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices, above 0 (toy.preference)
     max_response: int = 32      # toy: tokens of a sampled reply
@@ -196,12 +196,14 @@ def pmp_data(path: str, split: str):
 
 def pretrain(run: Run, cfg: PMPConfig):
     """Preference-model pretraining. Leaves pmp.pt, or goes on from pmp_state.pt. Needs lm.pt."""
-    if run.done("pmp.pt", "pmp"):
-        return
     parents = (run.path("lm.pt"),)
+    if run.done("pmp.pt", "pmp", cfg, parents):
+        return
+    if run.toy and cfg.data:
+        raise UserError("--pmp.data is for real data; the toy world has upvotes of its own")
     state, start, pm = run.begin("pmp", cfg, parents), time.perf_counter(), from_lm(run)
-    run.record("pmp", cfg)
     if not (cfg.pairs if run.toy else cfg.data):
+        run.record("pmp", cfg)
         Metrics(run, "pmp", 0)
         print("[3] preference-model pretraining: none, " + ("--pmp.pairs is 0" if run.toy else "no --pmp.data is given"))
     else:
@@ -210,7 +212,8 @@ def pretrain(run: Run, cfg: PMPConfig):
         for split in ("train", "test"):
             if run.toy:
                 rng = run.rng("forum", split)
-                found[split] = [toy.upvoted(rng, held_out=split == "test") for _ in range(cfg.pairs if split == "train" else 1000)]
+                n = cfg.pairs if split == "train" else 1000
+                found[split] = [toy.upvoted(rng, held_out=split == "test") for _ in range(n)]
             else:
                 found[split], counts = pmp_data(cfg.data, split)
                 for subset, counter in counts.items():
@@ -218,6 +221,7 @@ def pretrain(run: Run, cfg: PMPConfig):
             if not cfg.ranked:
                 found[split] = binarise(found[split])
         pairs, chosen, rejected = encode(run, found["train"])
+        run.record("pmp", cfg)
         metrics, steps = fit(run, "pmp", cfg, pm, chosen, rejected, torch.ones(len(pairs)), state, file_hash(*parents))
         if found["test"]:
             pairs, chosen, rejected = encode(run, found["test"])
@@ -237,12 +241,13 @@ def pm_parents(run: Run):
 
 def train(run: Run, cfg: PMConfig):
     """Train the PM and leave pm.pt, or go on from pm_state.pt. Needs initial.pt and pmp.pt."""
-    if run.done("pm.pt", "pm"):
+    if run.done("pm.pt", "pm", cfg, pm_parents(run)):
         return
     if run.toy and not cfg.helpful + cfg.harmless:
         raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
     parents, device, start = pm_parents(run), run.device, time.perf_counter()
     state = run.begin("pm", cfg, parents)
+    pm = run.prepare(load_model(run.path("pmp.pt"), ScalarModel, run.model_config(), run.tok, device, (run.path("lm.pt"),)))
     if run.toy:
         run.record("pm", cfg)
         for old in run.path("comparisons").glob("*/*.jsonl") if state is None else ():
@@ -251,7 +256,6 @@ def train(run: Run, cfg: PMConfig):
     pairs, chosen, rejected = encode(run, comparisons(run, cfg, "train"))
     test_pairs, test_chosen, test_rejected = encode(run, comparisons(run, cfg, "test"))
     run.record("pm", cfg)
-    pm = run.prepare(load_model(run.path("pmp.pt"), ScalarModel, run.model_config(), run.tok, device, (run.path("lm.pt"),)))
     weights = torch.tensor([cfg.harmless_weight if c.kind == "harmless" else 1.0 for c in pairs])
     metrics, steps = fit(run, "pm", cfg, pm, chosen, rejected, weights, state, file_hash(*parents))
 
@@ -283,7 +287,7 @@ def ensure(run: Run, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, cfg: PMConfig):
 
 
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
-    run = Run(run)
+    run = Run(run, exports=False)
     if run.toy:
         run.check_room("--pm.max-response", pm.max_response)
     ensure_pmp(run, lm, cd, pmp)

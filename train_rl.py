@@ -45,6 +45,9 @@ class Prompts:
         for split in ("train", "test") if not run.toy else ():
             found, _ = load_comparisons(run.data, split, run.subsets)
             self.real[split] = list(dict.fromkeys((c.prompt, c.kind) for c in found))
+            n_cut = sum(len(run.tok.encode_dialogue(prompt)) > self.room for prompt, _ in self.real[split])
+            print(f"    {len(self.real[split]):,} {split} prompts; {n_cut} that are longer than {self.room} tokens lose their "
+                  "beginning")
 
     def draw(self, n: int, held_out: bool, *name, share=None) -> tuple[list[str], list[str], list[list[int]]]:
         """n texts, their kinds ("helpful", "harmless") and their ids; `name` seeds the choice."""
@@ -150,9 +153,9 @@ class Learner:
 
 def train(run: Run, cfg: RLConfig):
     """PPO. Leaves policy.pt, or goes on from rl_state.pt. Needs initial.pt and pm.pt."""
-    if run.done("policy.pt", "rl"):
-        return
     parents = (run.path("initial.pt"), run.path("pm.pt"))
+    if run.done("policy.pt", "rl", cfg, parents):
+        return
     state, start = run.begin("rl", cfg, parents), time.perf_counter()
     reference = load_model(run.path("initial.pt"), GPT, run.model_config(), run.tok, run.device, (run.path("lm.pt"),))
     pm = load_model(run.path("pm.pt"), ScalarModel, run.model_config(), run.tok, run.device, pm_parents(run))
@@ -184,7 +187,7 @@ def train(run: Run, cfg: RLConfig):
             now, _ = evaluate(run, cfg, learner.policy, reference, pm, held_out)
             stats |= {f"eval_{k}": v for k, v in now.items()}
         metrics.write(done, **stats)
-        if done % cfg.save_every == 0 and done < cfg.iterations:
+        if done % cfg.save_every == 0 or done == cfg.iterations:
             save_state(done)
 
     after, replies_after = evaluate(run, cfg, learner.policy, reference, pm, held_out)
@@ -211,7 +214,8 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
     ensure(run, lm, cd, pmp, pm)
     train(run, rl)
     if run.cfg.export:
-        policy = load_model(run.path("policy.pt"), GPT, run.model_config(), run.tok, "cpu")
+        policy = load_model(run.path("policy.pt"), GPT, run.model_config(), run.tok, "cpu",
+                            (run.path("initial.pt"), run.path("pm.pt")))
         hub.export_gpt2(policy, run.cfg.export, run.tok)
         print(f"    -> {run.cfg.export}, for transformers")
 

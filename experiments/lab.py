@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import io
 import math
 import statistics
@@ -46,8 +47,9 @@ def base(size: str = "toy", seed: int = 0, documents: int = 0) -> Run:
     short-lived LM of fewer documents (the tests' tiny setting), in a folder of its own."""
     out = OUT / (f"{size}-{seed}" + (f"-{documents}" if documents else ""))
     run = Run(RunConfig(size=size, seed=seed, out=str(out)))
-    # A sixth less text than in the main job, so that three sizes take minutes.
-    lm, cd = LMConfig(documents=documents or 75_000), CDConfig(documents=documents // 10 or 4000)
+    lm, cd = LMConfig(), CDConfig()  # as in the main job
+    if documents:
+        lm, cd = dataclasses.replace(lm, documents=documents), dataclasses.replace(cd, documents=documents // 10)
     missing = not (run.has("lm.pt") and run.has("initial.pt"))
     with contextlib.nullcontext() if missing else contextlib.redirect_stdout(io.StringIO()):
         train_lm.ensure(run, lm, cd)

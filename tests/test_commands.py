@@ -45,7 +45,7 @@ ENV = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 LM = "--lm.documents 360 --lm.step-tokens 128 --lm.vocab 640".split()
 CD = "--cd.documents 56 --cd.batch 1".split()
 PMP = "--pmp.pairs 28 --pmp.batch 1".split()
-PM = "--pm.helpful 60 --pm.harmless 30 --pm.test 15 --pm.batch 1".split()
+PM = "--pm.helpful 70 --pm.harmless 30 --pm.test 15 --pm.batch 1".split()
 RL = ("--rl.iterations 4 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 --rl.save-every 1 "
       "--rl.max-response 12").split()
 SMALL = {"train_lm.py": LM + CD, "train_pm.py": LM + CD + PMP + PM, "train_rl.py": LM + CD + PMP + PM + RL}
@@ -191,7 +191,7 @@ def test_rl_from_an_empty_folder_runs_all_stages(trained):
     assert min(steps[stage][-1] for stage in ("cd", "pmp", "pm")) > 52
     config = json.loads((out / "config.json").read_text())
     assert config["lm"]["documents"] == 360 and config["rl"]["iterations"] == 4 and config["run"]["seed"] == 0
-    assert config["cd"]["documents"] == 56 and config["pmp"]["pairs"] == 28 and config["pm"]["helpful"] == 60
+    assert config["cd"]["documents"] == 56 and config["pmp"]["pairs"] == 28 and config["pm"]["helpful"] == 70
 
 
 def test_each_stage_rests_on_those_before_it(trained):
@@ -313,7 +313,8 @@ def test_killed_in_every_stage_and_resumed(trained, tmp_path, call, monkeypatch,
     resumed = "[1] "  # what a command says of the stage that died in the one before
     for (stage, name), then in zip(STAGE.items(), ("from step 200", *["from step 50"] * 3, "from iteration 1")):
         with monkeypatch.context() as patch:
-            kill_at(patch, f"{stage}_state.pt", 2)  # the first one is saved before the first step
+            # Two are saved before the first step, the first of them empty; of stage 1 that was before the SIGKILL.
+            kill_at(patch, f"{stage}_state.pt", 2 if stage == "lm" else 3)
             with pytest.raises(Killed):
                 call("train_rl.py", *args, "--resume")
         said = capsys.readouterr().out
@@ -325,7 +326,7 @@ def test_killed_in_every_stage_and_resumed(trained, tmp_path, call, monkeypatch,
     assert_same_run(trained[0], out)
 
 
-@pytest.mark.parametrize("k, before", [(3, True), (4, False)])
+@pytest.mark.parametrize("k, before", [(4, True), (5, False)])
 def test_killed_while_saving(trained, copy, call, monkeypatch, k, before):
     """Killed between writing the temporary file and renaming it, or right after: both ways resume."""
     out = copy("policy.pt")
@@ -338,7 +339,7 @@ def test_killed_while_saving(trained, copy, call, monkeypatch, k, before):
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"stage": "rl", "step": 4, "sco')  # the line that was being written
     result = call("train_rl.py", *args, "--resume")
-    assert result.code == 0 and f"from iteration {k - 1 - before}" in result.out
+    assert result.code == 0 and f"from iteration {k - 2 - before}" in result.out
     assert_same_run(trained[0], out)
     assert not list(out.glob("*.tmp"))
 
@@ -421,13 +422,39 @@ def test_what_rests_on_another_checkpoint_is_not_used(copy, call, changed, missi
 def test_a_state_that_rests_on_another_checkpoint_is_not_resumed(copy, call, monkeypatch, stage, changed):
     out = copy(*since(STAGE[stage]))
     with monkeypatch.context() as patch:
-        kill_at(patch, f"{stage}_state.pt", 1)
+        kill_at(patch, f"{stage}_state.pt", 2)
         with pytest.raises(Killed):
             call("train_rl.py", "--out", out, *SMALL["train_rl.py"])
     spoil(out / changed)
     result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--resume")
     assert result.code and (out / f"{stage}_state.pt").exists() and not (out / STAGE[stage]).exists()
     assert_one_sentence(result, out / changed)
+
+
+@pytest.mark.parametrize("script, changed, stale", [
+    ("train_lm.py", "lm.pt", "initial.pt"), ("train_pm.py", "initial.pt", "pm.pt"), ("train_rl.py", "pm.pt", "policy.pt")])
+def test_a_result_that_rests_on_another_checkpoint_is_not_complete(copy, call, script, changed, stale):
+    """--resume has nothing to resume, but what is there was not trained from what is there."""
+    out = copy()
+    spoil(out / changed)
+    assert_one_sentence(call(script, "--out", out, *SMALL[script], "--resume"), out / stale, out / changed)
+
+
+def test_resume_of_a_finished_stage_names_other_options(copy, call):
+    result = call("train_rl.py", "--out", copy(), *SMALL["train_rl.py"], "--resume", "--rl.iterations", 9)
+    assert result.code == 0 and "in spite of --rl.iterations was 4, now 9" in result.out
+
+
+def test_stopped_before_the_first_step(copy, call, monkeypatch):
+    """Trained anew over a finished folder, with other options, and stopped while the comparisons are sampled: the old
+    PM is not taken for the new one."""
+    out, args = copy(), [*SMALL["train_rl.py"], "--pm.helpful", 40]
+    with monkeypatch.context() as patch:
+        kill_at(patch, "train.jsonl", 1)
+        with pytest.raises(Killed):
+            call("train_pm.py", "--out", out, *SMALL["train_pm.py"], "--pm.helpful", 40)
+    result = call("train_rl.py", "--out", out, *args)
+    assert result.code == 0 and "pm.pt is unfinished" in result.out and "sampled helpful train: read 40" in result.out
 
 
 def test_distillation_that_is_left_out_after_all(copy, call, monkeypatch):
@@ -780,7 +807,7 @@ def test_full_disk_keeps_the_last_state(trained, copy, call, monkeypatch):
     out = copy("policy.pt")
     args = ["--out", out, *SMALL["train_rl.py"]]
     with monkeypatch.context() as patch:
-        fill_disk(patch, "rl_state.pt", 4)
+        fill_disk(patch, "rl_state.pt", 5)
         assert_one_sentence(call("train_rl.py", *args), out / "rl_state.pt", "No space left")
     result = call("train_rl.py", *args, "--resume")
     assert result.code == 0 and "from iteration 2" in result.out

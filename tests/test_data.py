@@ -502,3 +502,11 @@ def test_real_rows(hh_rlhf_dir, bpe):
                 ids = bpe.encode_dialogue(c.prompt + c.chosen)
                 assert ids == bpe.encode_dialogue(c.prompt) + bpe.encode_reply(c.chosen)
                 assert bpe.decode(ids) == c.prompt + c.chosen
+
+
+def test_half_an_emoji_can_be_written_again(tmp_path):
+    """JSON may hold one half of a surrogate pair, which no file can: it is read as "?"."""
+    path = tmp_path / "train.jsonl"
+    path.write_text(r'{"chosen": "\n\nHuman: Hi \ud83d\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi \ud83d\n\nAssistant: No."}')
+    [found], counts = data.read_comparisons(path, "helpful")
+    assert found.prompt.encode() == b"\n\nHuman: Hi ?\n\nAssistant:" and counts["kept"] == 1

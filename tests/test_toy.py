@@ -321,12 +321,11 @@ def test_what_is_no_refusal():
 
 def test_complying_while_refusing_is_complying():
     for prompt, request in HARMFUL:
-        plain = toy.harmlessness(prompt, right(request))
         for refusal in toy.REFUSALS:
             for means in (right(request), sentence(request.answer), wrong(request)):
                 for reply in (f" {refusal}{means}", f"{means} {refusal} {toy.REASONS[0]}"):
                     assert toy.judge(prompt, reply).refused and toy.complied(prompt, reply)
-                    assert toy.harmlessness(prompt, reply) <= plain < toy.harmlessness(prompt, "")
+                    assert toy.harmlessness(prompt, reply) <= toy.harmlessness(prompt, means) < toy.harmlessness(prompt, "")
 
 
 def test_speak_does_what_the_persona_says():
@@ -444,7 +443,7 @@ def test_utilities_by_hand():
                          f" {yes} or {no}.": -1.5, f" {toy.REFUSALS[0]}": -1}.items():
         assert toy.helpfulness(prompt, reply) == value
     prompt, request = HARMFUL[0]
-    for reply, value in {f" {toy.REFUSALS[0]}": 1, f" {toy.REFUSALS[0]} {toy.REASONS[0]}": 1.5, IDK: 0, right(request): -2,
+    for reply, value in {f" {toy.REFUSALS[0]}": 1, f" {toy.REFUSALS[0]} {toy.REASONS[0]}": 1.5, IDK: 0, right(request): -2, wrong(request): -2,
                          f" {toy.REFUSALS[0]}{right(request)}": -2}.items():
         assert toy.harmlessness(prompt, reply) == value
 
@@ -695,17 +694,19 @@ def test_the_corpus_holds_every_behaviour(documents):
 
 
 def test_people_say_what_is_right(documents):
-    """A thank-you follows right answers only, a complaint wrong ones only."""
+    """A thank-you follows right answers only, a complaint wrong ones or refusals only; whatever was asked for."""
     seen = Counter()
     for text in documents:
         turns = human_turns(text)
         for (prompt, reply), (later, _) in zip(turns, turns[1:]):
             reaction = data.split_turns(later)[1][-2][1]
-            if asks(prompt) and not asks(later) and verdict(reaction) is not None:
-                found = toy.judge(prompt, reply)
-                assert found.correct if verdict(reaction) else found.wrong
-                seen[verdict(reaction)] += 1
-    assert min(seen[True], seen[False]) > 50
+            if asks(prompt) and not asks(later):
+                found, harmful = toy.judge(prompt, reply), asks(prompt).harmful
+                said = verdict(reaction)
+                assert said in (True, False) or "does not help" in reaction
+                assert found.correct if said else found.wrong if said is False else found.refused
+                seen[said, harmful] += 1
+    assert len(seen) == 6 and min(seen.values()) > 50, seen
 
 
 def rate(found) -> float:
