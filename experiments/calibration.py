@@ -19,10 +19,14 @@ import lab
 import torch
 
 from pm import calibration_curve, expected_calibration_error, log_loss, threshold_curve
+from train_pm import PMConfig
 
 WELL = 0.03       # the ECE up to which a PM counts as very well calibrated
 QUANTILES = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9)  # of the test replies' scores: the thresholds
 HIGH = 0.7        # the one that the finding is decided at
+# The rate is constant, so the last steps leave noise in the scores, and noise looks like confidence. With the main job's
+# batch of 16 the ECE was 0.031 +- 0.001 (3 seeds).
+CALM = PMConfig(batch=32)
 
 
 def experiment(args):
@@ -37,7 +41,7 @@ def experiment(args):
         test["mixed"] = test["helpful"][:n_test * 2 // 3] + lab.comparisons(run, n_test // 3, "harmless", "test")
         train = {"helpful": helpful[:n], "mixed": helpful[:n * 2 // 3] + harmless[:n // 3]}
         for name, pairs in train.items():
-            pm = lab.centre(run, lab.train_pm_on(run, pairs), test["helpful"])
+            pm = lab.centre(run, lab.train_pm_on(run, pairs, cfg=CALM), test["helpful"])
             chosen, rejected = lab.scores(run, pm, test[name])
             p = torch.tensor([c.p_chosen for c in test[name]])
             predicted, right, size = calibration_curve(chosen - rejected, p_chosen=p)

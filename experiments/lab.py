@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import io
 import math
-import statistics
 import sys
 import tempfile
 import time
@@ -175,7 +174,8 @@ def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None, 
 def mean_se(xs) -> tuple[float, float]:
     """Mean and its standard error over seeds (nan with one)."""
     xs = list(xs)
-    return statistics.mean(xs), statistics.stdev(xs) / math.sqrt(len(xs)) if len(xs) > 1 else float("nan")
+    mean = toy.mean(xs)
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in xs) / (len(xs) - 1) / len(xs)) if len(xs) > 1 else float("nan")
 
 
 def arguments(doc: str, **more) -> argparse.Namespace:

@@ -44,7 +44,8 @@ def experiment(args):
         centre = [c for kind in found for c in lab.comparisons(run, 20 if args.tiny else 500, kind, "test")]
         for size, amount in [(s, a) for s in sizes for a in amounts]:
             used = [c for pairs in found.values() for c in pairs[:len(pairs) * amount // largest]]
-            pms = [lab.train_pm_on(lab.replica(runs[size], seed), used[half::2]) for half in (0, 1)]
+            # Each with a head of its own, or the two would share the flaws that a random head brings.
+            pms = [lab.train_pm_on(lab.replica(runs[size], seed + 1000 * half), used[half::2]) for half in (0, 1)]
             pms, judged = [lab.centre(run, pm, centre) for pm in pms], []
             _, path = lab.ppo(run, pms[0], cfg, initial, watch=lambda learner, _:
                               judged.append(lab.judge(run, learner.policy, pms, prompts)[..., 0]))
