@@ -49,7 +49,8 @@ class RunConfig:
 # coefficient and the critic's rate are IG's; 400 x 512 responses are as many as in HH's Fig. 33. Chosen on paper, not yet
 # tried at full length.
 _HH = {"run.data": "hh-rlhf", "run.context": 512, "cd.documents": 20_000, "pm.batch": 64, "pmp.batch": 64,
-       "rl.iterations": 400, "rl.batch": 512, "rl.max_response": 128, "rl.kl_coef": 0.02, "rl.warmup": 10}
+       "pmp.binarised": True, "rl.iterations": 400, "rl.batch": 512, "rl.max_response": 128, "rl.kl_coef": 0.02,
+       "rl.warmup": 10}
 PRESETS = {
     "gpt2-hh": _HH | {"run.init": "gpt2", "cd.lr": 3e-5, "pmp.lr": 6e-5, "pm.lr": 6e-6, "rl.lr": 6e-6, "rl.critic_lr": 9e-6},
     "gpt2-medium-hh": _HH | {"run.init": "gpt2-medium", "cd.lr": 1.5e-5, "pmp.lr": 3e-5, "pm.lr": 3e-6, "rl.lr": 3e-6,

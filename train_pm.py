@@ -30,7 +30,7 @@ from train_lm import CDConfig, LMConfig, ensure as ensure_lm
 class PMPConfig:
     pairs: int = 3000           # toy: comparisons by upvotes (0: none); GL far more
     data: str = ""              # real data: comparisons in HH-RLHF's format (without them there is no PMP)
-    ranked: bool = False        # rank A above B; the default tells good from bad, which transfers better (GL §4.1)
+    binarised: bool = False     # tell good from bad instead of ranking A above B (GL §4.1: transfers better; here worse)
     lr: float = 5e-4            # constant (§3.1), one epoch (App. A.2). HH: 0.1 x the LM's rate, and here too
     batch: int = 32             # comparisons a step (not stated in HH)
     warmup: int = 10            # steps (not stated in HH)
@@ -116,7 +116,8 @@ def encode(run: Run, found: list[Comparison]) -> tuple[list[Comparison], list[li
 
 def binarise(pairs: list[Comparison]) -> list[Comparison]:
     """A better than B, as two questions with a fixed right answer (GL §4.1): is A "GOOD" rather than "BAD", and B "BAD"
-    rather than "GOOD"? A model that learned only this has less to unlearn when people rank otherwise."""
+    rather than "GOOD"? GL: a model that learned only this has less to unlearn when people rank otherwise. The toy's models
+    learn tags instead, and ranking transfers better there (experiments/pmp.py), so it is not the default."""
     return [Comparison(c.prompt, *(f" {name}:{reply}" for name in names), c.kind)
             for c in pairs for reply, names in ((c.chosen, ("GOOD", "BAD")), (c.rejected, ("BAD", "GOOD")))]
 
@@ -218,7 +219,7 @@ def pretrain(run: Run, cfg: PMPConfig):
                 found[split], counts = pmp_data(cfg.data, split)
                 for subset, counter in counts.items():
                     print(f"    {subset} {split}: {counts_line(counter)}")
-            if not cfg.ranked:
+            if cfg.binarised:
                 found[split] = binarise(found[split])
         pairs, chosen, rejected = encode(run, found["train"])
         run.record("pmp", cfg)

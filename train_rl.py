@@ -46,8 +46,8 @@ class Prompts:
             found, _ = load_comparisons(run.data, split, run.subsets)
             self.real[split] = list(dict.fromkeys((c.prompt, c.kind) for c in found))
             n_cut = sum(len(run.tok.encode_dialogue(prompt)) > self.room for prompt, _ in self.real[split])
-            print(f"    {len(self.real[split]):,} {split} prompts; {n_cut} that are longer than {self.room} tokens lose their "
-                  "beginning")
+            print(f"    {len(self.real[split]):,} {split} prompts; {n_cut} that are longer than {self.room} tokens lose "
+                  "their beginning")
 
     def draw(self, n: int, held_out: bool, *name, share=None) -> tuple[list[str], list[str], list[list[int]]]:
         """n texts, their kinds ("helpful", "harmless") and their ids; `name` seeds the choice."""

@@ -11,8 +11,9 @@ each gives an Elo of its own, 0 for the initial policy.
 
 By Eq. 2.1 one unit of PM score is worth 174 Elo. Four numbers stand side by side (after Fig. 35, whose two mean PM
 scores, on held-out prompts and on crowdworkers' dialogues, are one here; the truth is ours): 174 times the mean PM score,
-Elo from the PM's own choices in the same matches, 174 times the mean of the truth that crowdworkers go by, and their Elo. The first and third take a mean where the second and fourth count choices. Choices saturate: a reply
-that is better by 4 logits wins hardly more often than one that is better by 2.
+Elo from the PM's own choices in the same matches, 174 times the mean of the truth that crowdworkers go by, and their Elo.
+The first and third take a mean where the second and fourth count choices. Choices saturate: a reply that is better by 4
+logits wins hardly more often than one that is better by 2.
 """
 import dataclasses
 

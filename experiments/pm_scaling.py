@@ -81,8 +81,8 @@ def experiment(args):
     (a, b, c), r2 = fits["helpful", "helpful"]
     holds = r2 >= LOG_LINEAR and b > 0 and c > 0
     numbers = (f"for helpful-only PMs Eq. A.1 has b = {b:.3f} and c = {c:.3f} (HH: 0.007 and 0.015, if its "
-               f"logs are natural) with R^2 = {r2:.3f} (threshold {LOG_LINEAR}, and b and c above 0); trained on both kinds, R^2 is "
-               f"{fits[curves[1]][1]:.3f} on helpful and {fits[curves[2]][1]:.3f} on harmless comparisons")
+               f"logs are natural) with R^2 = {r2:.3f} (threshold {LOG_LINEAR}, and b and c above 0); trained on both "
+               f"kinds, R^2 is {fits[curves[1]][1]:.3f} on helpful and {fits[curves[2]][1]:.3f} on harmless comparisons")
     lab.finish("pm_scaling", args, rows, draw, ("HOLDS: accuracy grows with log D and log P: " if holds else
                "DOES NOT HOLD: accuracy is not log-linear here: ") + numbers + ".")
 

@@ -982,7 +982,7 @@ def test_pretraining_on_a_file_of_comparisons(tmp_path, call):
     root, cheap = write_set(tmp_path / "set"), write(tmp_path / "cheap.jsonl", rows(80, "cheap"))
     args = ["--data", root, "--out", tmp_path / "out", *REAL]
     assert call("train_pm.py", *args).code == 0
-    for option, times in ((), 2), (["--pmp.ranked"], 1):  # each comparison is two questions, or one
+    for option, times in ((), 1), (["--pmp.binarised"], 2):  # each comparison is two questions, or one
         (tmp_path / "out" / "pmp.pt").unlink()
         result = call("train_pm.py", *args, "--pmp.data", cheap, *option)
         assert result.code == 0, result.err

@@ -366,9 +366,9 @@ def test_binarise_by_hand():
     assert train_pm.binarise([]) == []
 
 
-@pytest.mark.parametrize("ranked", [False, True])
-def test_pretraining_reads_each_comparison_once(run, monkeypatch, unmeasured, ranked):
-    """By default as two questions about single answers; with --pmp.ranked as it is."""
+@pytest.mark.parametrize("binarised", [False, True])
+def test_pretraining_reads_each_comparison_once(run, monkeypatch, unmeasured, binarised):
+    """By default as it is; with --pmp.binarised as two questions about single answers."""
     read, fit = [], train_pm.fit
 
     def spy(run, stage, cfg, pm, chosen, rejected, weights, *rest):
@@ -376,14 +376,14 @@ def test_pretraining_reads_each_comparison_once(run, monkeypatch, unmeasured, ra
         assert weights.tolist() == [1.0] * len(chosen)
         return fit(run, stage, cfg, pm, chosen, rejected, weights, *rest)
     monkeypatch.setattr(train_pm, "fit", spy)
-    train_pm.pretrain(run, PMPConfig(pairs=20, ranked=ranked))
+    train_pm.pretrain(run, PMPConfig(pairs=20, binarised=binarised))
     rng, tok = run.rng("forum", "train"), run.tok
     pairs = [toy.upvoted(rng) for _ in range(20)]
-    markers = (("", "", True),) if ranked else ((" GOOD:", " BAD:", True), (" BAD:", " GOOD:", False))
+    markers = (("", "", True),) if not binarised else ((" GOOD:", " BAD:", True), (" BAD:", " GOOD:", False))
     expected = []
     for c in pairs:
         for one, other, best in markers:
-            texts = (c.chosen, c.rejected) if ranked else (c.chosen if best else c.rejected,) * 2
+            texts = (c.chosen, c.rejected) if not binarised else (c.chosen if best else c.rejected,) * 2
             expected.append(tuple(tok.encode_dialogue(c.prompt) + tok.encode_reply(name + reply) + [tok.end_of_context]
                                   for name, reply in zip((one, other), texts)))
     assert read == expected
@@ -392,7 +392,7 @@ def test_pretraining_reads_each_comparison_once(run, monkeypatch, unmeasured, ra
 
 
 def test_pretraining_on_upvotes_beats_chance(run):
-    train_pm.pretrain(run, PMPConfig(pairs=640, ranked=True, batch=16))
+    train_pm.pretrain(run, PMPConfig(pairs=640, batch=16))
     last = lines(run, "pmp")[-1]
     assert last["low"] > 0.5 and last["bayes"] > last["accuracy"]
 
