@@ -76,6 +76,7 @@ def experiment(args):
                 log_p = math.log(some(*curve, size=size)[0]["params"] / largest)
                 plt.plot(amounts, [a + b * log_p + c * math.log(d / n) for d in amounts], color=color, lw=0.8)
             plt.axhline(some(*curve)[0]["bayes"], color="gray", ls=":"), plt.xscale("log"), plt.ylim(0.4, 0.85)
+            plt.xticks(amounts, amounts, fontsize=7), plt.minorticks_off()
             plt.title(f"{curve[0]} PM on {curve[1]}", fontsize=8), plt.xlabel("comparisons"), plt.legend(fontsize=7)
 
     (a, b, c), r2 = fits["helpful", "helpful"]
