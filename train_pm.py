@@ -48,7 +48,7 @@ class PMConfig:
     lr: float = 3e-4            # constant (§3.1), one epoch (App. A.2). HH: 0.01 x the LM's rate; here 0.06 x
     batch: int = 16             # comparisons a step (not stated in HH; IG 64 prompts)
     warmup: int = 10            # steps (not stated in HH)
-    harmless_weight: float = 1.0  # lambda of L = L_helpful + lambda L_harmless (§5.1.2; 2 or 3 beat 1 in mean accuracy)
+    harmless_weight: float = 2.0  # lambda of L = L_helpful + lambda L_harmless (§5.1.2; 2 or 3 beat 1 in mean accuracy)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in HH)
     token_budget: int = 0       # tokens a forward pass holds (0: model.tokens_at_once); changes memory, not the result
 
