@@ -44,7 +44,7 @@ ENV = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 # Batches so small that stage 1 takes more than 200 steps and stages 2 to 4 more than 50: each saves its state twice.
 LM = "--lm.documents 360 --lm.step-tokens 128 --lm.vocab 640".split()
 CD = "--cd.documents 56 --cd.batch 1".split()
-PMP = "--pmp.pairs 28 --pmp.batch 1".split()
+PMP = "--pmp.pairs 56 --pmp.batch 1".split()
 PM = "--pm.helpful 70 --pm.harmless 30 --pm.test 15 --pm.batch 1".split()
 RL = ("--rl.iterations 4 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 --rl.save-every 1 "
       "--rl.max-response 12").split()
@@ -191,7 +191,7 @@ def test_rl_from_an_empty_folder_runs_all_stages(trained):
     assert min(steps[stage][-1] for stage in ("cd", "pmp", "pm")) > 52
     config = json.loads((out / "config.json").read_text())
     assert config["lm"]["documents"] == 360 and config["rl"]["iterations"] == 4 and config["run"]["seed"] == 0
-    assert config["cd"]["documents"] == 56 and config["pmp"]["pairs"] == 28 and config["pm"]["helpful"] == 70
+    assert config["cd"]["documents"] == 56 and config["pmp"]["pairs"] == 56 and config["pm"]["helpful"] == 70
 
 
 def test_each_stage_rests_on_those_before_it(trained):

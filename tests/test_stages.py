@@ -575,7 +575,7 @@ def test_recompute_is_what_the_option_sets(with_lm, tmp_path, monkeypatch, unmea
         with monkeypatch.context() as patch:
             blocks = counting(patch, model.Block, "forward")
             train_lm.distill(run, CDConfig(documents=6, batch=3))
-            train_pm.pretrain(run, PMPConfig(pairs=4, batch=4))
+            train_pm.pretrain(run, PMPConfig(pairs=8, batch=4))
         results.append((weights(run, "initial.pt"), weights(run, "pmp.pt"), blocks[0]))
     (initial, pmp, n), (initial_again, pmp_again, more) = results
     assert equal(initial, initial_again) and equal(pmp, pmp_again)
