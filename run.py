@@ -185,6 +185,15 @@ def file_hash(*paths: Path) -> str:
     return " ".join(hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths)
 
 
+def restore(state: dict | None, model, optimizer) -> int:
+    """Put back what a stopped stage had, if there is a state (Run.begin) -> the step to go on from."""
+    if not state:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
 def check_parents(path: Path, saved: dict, parents: tuple[Path, ...]):
     if parents and saved.get("parents") != file_hash(*parents):
         raise UserError(f"{path} was not trained from the present {_and(parents)}; delete it to train a new one")

@@ -29,7 +29,7 @@ from data import (MIN_PROMPT, Tokenizer, UserError, batches_by_length, counts_li
 from model import GPT, autocast, logits_at_once, token_logprobs, tokens_at_once
 from ppo import check_finite
 from rollout import rollout
-from run import Metrics, Run, RunConfig, file_hash, load_model, main, save, save_model
+from run import Metrics, Run, RunConfig, file_hash, load_model, main, restore, save, save_model
 
 
 @dataclass
@@ -91,6 +91,15 @@ def lm_loss(model: GPT, rows: list[list[int]], device) -> torch.Tensor:
     return -logp.mean()
 
 
+def pieces(rows: list[list[int]], device, before: int = 0):
+    """Rows in batches of like length that a forward pass can hold, and the share of all tokens that each batch has: means
+    over batches, and their gradients, add up to those over all rows. `before`: tokens read ahead of each row."""
+    n_tokens = sum(len(r) - 1 for r in rows)
+    for batch in batches_by_length([before + len(r) for r in rows], tokens_at_once(0, device)):
+        part = [rows[i] for i in batch]
+        yield part, sum(len(r) - 1 for r in part) / n_tokens
+
+
 def train(run: Run, cfg: LMConfig):
     """Train the LM and leave lm.pt, or go on from lm_state.pt."""
     if run.done("lm.pt", "lm", cfg):
@@ -113,11 +122,7 @@ def train(run: Run, cfg: LMConfig):
     groups = [dict(params=[p for p in model.parameters() if p.dim() == 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in model.parameters() if p.dim() != 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
-    first = 0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    first = restore(state, model, optimizer)
     print(f"[1] language model: {model.cfg.n_params():,} parameters, {len(rows):,} documents, "
           f"{sum(map(len, rows)):,} tokens{f', {n_cut} cut to {run.context}' if n_cut else ''}, {len(batches)} steps"
           + (f", from step {first}" if first else ""))
@@ -131,14 +136,11 @@ def train(run: Run, cfg: LMConfig):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.zero_grad(set_to_none=True)
-        batch, loss = [rows[i] for i in batches[step]], 0.0
-        n_tokens = sum(len(r) - 1 for r in batch)
-        # A step of more tokens than a forward pass should hold is taken in pieces; their gradients add up.
-        for piece in batches_by_length([len(r) for r in batch], tokens_at_once(0, device)):
-            part = [batch[i] for i in piece]
-            share = lm_loss(model, part, device) * (sum(len(r) - 1 for r in part) / n_tokens)
-            share.backward()
-            loss += share.item()
+        loss = 0.0
+        for part, share in pieces([rows[i] for i in batches[step]], device):
+            partial = lm_loss(model, part, device) * share
+            partial.backward()
+            loss += partial.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         check_finite(f"LM step {step}", loss=loss, gradient=norm.item())
         optimizer.step()
@@ -150,9 +152,7 @@ def train(run: Run, cfg: LMConfig):
     test_rows = [r[:run.context] for r in map(tok.encode_dialogue, test_texts) if len(r) > 1]
     model.eval()
     with torch.no_grad():
-        total = sum(lm_loss(model, [test_rows[i] for i in b], device).item() * sum(len(test_rows[i]) - 1 for i in b)
-                    for b in batches_by_length([len(r) for r in test_rows], tokens_at_once(0, device)))
-    test_loss = total / sum(len(r) - 1 for r in test_rows)
+        test_loss = sum(lm_loss(model, part, device).item() * share for part, share in pieces(test_rows, device))
     metrics.write(len(batches), test_loss=test_loss)
     save_model(run.path("lm.pt"), model, tok)
     run.end("lm")
@@ -264,21 +264,15 @@ def distill(run: Run, cfg: CDConfig):
     batches = torch.randperm(len(rows), generator=run.torch_rng("cd batches")).split(cfg.batch)
     student = run.prepare(copy.deepcopy(lm))
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    first = 0
-    if state:
-        student.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    first = restore(state, student, optimizer)
     print(f"[2] context distillation: {len(rows):,} documents{f', {n_cut} cut to {room} tokens' if n_cut else ''}, "
           f"a prompt of {len(prompt)} tokens, {len(batches)} steps"
           + (f", from step {first}" if first else ""))
 
     @torch.no_grad()
     def held_out_kl(model):
-        total = sum(distillation_loss(model, lm, prompt, [test_rows[i] for i in b], cfg.top, device).item()
-                    * sum(len(test_rows[i]) - 1 for i in b)
-                    for b in batches_by_length([len(prompt) + len(r) for r in test_rows], tokens_at_once(0, device)))
-        return total / sum(len(r) - 1 for r in test_rows)
+        return sum(distillation_loss(model, lm, prompt, part, cfg.top, device).item() * share
+                   for part, share in pieces(test_rows, device, len(prompt)))
 
     parents = file_hash(run.path("lm.pt"))
     bar = tqdm(range(first, len(batches)), desc="distill", unit="step", initial=first, total=len(batches), leave=False)
@@ -289,18 +283,16 @@ def distill(run: Run, cfg: CDConfig):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * (1 - step / len(batches))
         optimizer.zero_grad(set_to_none=True)
-        batch, total = batches[step].tolist(), 0.0
-        n_tokens = sum(len(rows[i]) - 1 for i in batch)
-        for piece in batches_by_length([len(prompt) + len(rows[i]) for i in batch], tokens_at_once(0, device)):
-            part = [rows[batch[j]] for j in piece]
-            loss = distillation_loss(student, lm, prompt, part, cfg.top, device) * (sum(len(r) - 1 for r in part) / n_tokens)
-            loss.backward()
-            total += loss.item()
+        loss = 0.0
+        for part, share in pieces([rows[i] for i in batches[step].tolist()], device, len(prompt)):
+            partial = distillation_loss(student, lm, prompt, part, cfg.top, device) * share
+            partial.backward()
+            loss += partial.item()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
-        check_finite(f"distillation step {step}", loss=total, gradient=norm.item())
+        check_finite(f"distillation step {step}", loss=loss, gradient=norm.item())
         optimizer.step()
         if step % 10 == 0 or step == len(batches) - 1:
-            metrics.write(step, kl=total)
+            metrics.write(step, kl=loss)
 
     student.eval()
     kl = held_out_kl(lm), held_out_kl(student)

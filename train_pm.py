@@ -22,7 +22,7 @@ from model import GPT, autocast, tokens_at_once
 from pm import ScalarModel, ranking_loss, report, score_rows
 from ppo import check_finite
 from rollout import rollout
-from run import Metrics, Run, RunConfig, file_hash, load_model, main, save, save_model
+from run import Metrics, Run, RunConfig, file_hash, load_model, main, restore, save, save_model
 from train_lm import CDConfig, LMConfig, ensure as ensure_lm
 
 
@@ -133,11 +133,7 @@ def fit(run: Run, stage: str, cfg, pm: ScalarModel, chosen, rejected, weights, s
     device, order = run.device, torch.randperm(len(chosen), generator=run.torch_rng(f"{stage} batches"))
     batches = order.split(cfg.batch)
     optimizer = torch.optim.AdamW(pm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    first = 0
-    if state:
-        pm.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    first = restore(state, pm, optimizer)
     print(f"    {len(chosen):,} comparisons, {len(batches)} steps" + (f", from step {first}" if first else ""))
     metrics = Metrics(run, stage, first)
     bar = tqdm(range(first, len(batches)), desc=f"train {stage}", unit="step", initial=first, total=len(batches), leave=False)

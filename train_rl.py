@@ -151,9 +151,14 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
 
 
+def policy_parents(run: Run):
+    """What a policy rests on: where it starts, and what it is scored by."""
+    return run.path("initial.pt"), run.path("pm.pt")
+
+
 def train(run: Run, cfg: RLConfig):
     """PPO. Leaves policy.pt, or goes on from rl_state.pt. Needs initial.pt and pm.pt."""
-    parents = (run.path("initial.pt"), run.path("pm.pt"))
+    parents = policy_parents(run)
     if run.done("policy.pt", "rl", cfg, parents):
         return
     state, start = run.begin("rl", cfg, parents), time.perf_counter()
@@ -214,8 +219,7 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
     ensure(run, lm, cd, pmp, pm)
     train(run, rl)
     if run.cfg.export:
-        policy = load_model(run.path("policy.pt"), GPT, run.model_config(), run.tok, "cpu",
-                            (run.path("initial.pt"), run.path("pm.pt")))
+        policy = load_model(run.path("policy.pt"), GPT, run.model_config(), run.tok, "cpu", policy_parents(run))
         hub.export_gpt2(policy, run.cfg.export, run.tok)
         print(f"    -> {run.cfg.export}, for transformers")
 

@@ -20,10 +20,8 @@ import lab
 import torch
 
 import toy
-from data import batches_by_length
-from model import tokens_at_once
 from rollout import rollout
-from train_lm import lm_loss
+from train_lm import lm_loss, pieces
 from train_rl import RLConfig
 
 VERDICTS = (" Right.", " Wrong.")
@@ -77,9 +75,8 @@ def measure(run, model, tests, texts) -> dict[str, float]:
             replies = [run.tok.decode(r) for r in ro.responses()]
             numbers[name] = toy.mean(r.startswith(right) for r, (_, right, _) in zip(replies, asked))
     for kind, rows in texts.items():
-        total = sum(lm_loss(model, [rows[i] for i in b], run.device).item() * sum(len(rows[i]) - 1 for i in b)
-                    for b in batches_by_length([len(r) for r in rows], tokens_at_once(0, run.device)))
-        numbers[f"loss {kind}"] = total / sum(len(r) - 1 for r in rows)
+        numbers[f"loss {kind}"] = sum(lm_loss(model, part, run.device).item() * share
+                                      for part, share in pieces(rows, run.device))
     return numbers | {shots: toy.mean(numbers[t] for t in tests if t.endswith(shots)) for shots in ("zero", "few")}
 
 
