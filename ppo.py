@@ -1,266 +1,273 @@
 """PPO for language models: the KL penalty, GAE, and the clipped update (HH §4.1, App. B.1).
 
-One response is one episode. Each of its tokens is an action; the state is everything before it; the only reward
-from outside comes at the end, the PM's score of the whole response. Sampling the responses is rollout.py's. Read this
-in this order:
+Sources: HH is Bai et al. 2022, IG is Ouyang et al. 2022, OO is Gao et al. 2022. Where HH and IG are
+silent, "OpenAI L149" is line 149 of lm_human_preferences/train_policy.py in OpenAI's first RLHF
+code, github.com/openai/lm-human-preferences at commit cbfd210.
 
-  PPOConfig                      every knob, with what the papers use
-  logprobs, values, pm_scores    what is known about a response
-  shaped_rewards, gae, whiten    from scores to advantages
-  experience                     puts these together, and checks what must hold
-  update                         K passes of clipped policy and value steps
+A response is an episode: each of its tokens is an action, the state is everything before the token,
+and the only reward from outside, the PM's score of the whole response, comes at the end. (That is
+OpenAI's reading. HH §4.1 calls a response a timestep, and the conversation a trajectory.)
 
-Legend:  N responses   P prompt tokens   R response tokens (columns of a rectangle)   S = P + R   D width
-Indexing, once and for all. Everything about responses is (N, R): column t is the response's t-th token.
-  logp[:, t]    log pi(token t | before), from the logits one position earlier
-  values[:, t]  V(s_t), the state BEFORE token t, so also read one position earlier
-  rewards[:, t] what choosing token t earned; the PM's score is in the last column that is kept
-  mask[:, t]    whether token t exists. The end-of-turn token is an action and is kept; nothing after it is.
+`Learner.iterate` in train_rl.py calls these functions. Its steps number the sections below:
+  PPOConfig                         PPO's options, with what the papers use
+  3. pm_scores                      one score for each response
+  4. all_logprobs, shaped_rewards   the KL penalty, and a reward for each token
+  5. all_values, gae, whiten        from rewards to advantages
+  6. update                         K passes of clipped policy and value steps
+
+Legend:  N responses   B some of them, those with the indices i   P prompt tokens
+         R response tokens (columns of a rectangle)   S = P + R   T longest row of the B responses
+         D width   n tokens of the B responses, packed   ro the responses, a Rollouts
+Indexing, once and for all. Per-token tensors are (N, R): column t is a response's token t, from 0.
+  logp[:, t]     log pi(token t | everything before it), from the logits one position earlier
+  values[:, t]   V(s_t), the value of the state BEFORE token t, read one position before token t
+  rewards[:, t]  what choosing token t earned; the PM's score lands on the last token that is kept
+  mask[:, t]     whether token t exists. The end-of-turn token is an action and is kept; nothing
+                 after it is.
 """
-import math
 from dataclasses import dataclass
 
 import torch
 
+from checks import add_to, averages, check_first_ratio, update_statistics
 from data import batches_by_length
-from model import GPT, autocast, token_logprobs, tokens_at_once
+from model import GPT, token_entropies, token_logprobs
 from pm import ScalarModel, score_rows
 from rollout import Rollouts
-
-
-class TrainingError(Exception):
-    """Training can't go on: a loss is not finite, or an invariant of PPO does not hold."""
-
-
-def check_finite(where: str, **numbers: float):
-    """Stop before NaN or infinity gets into the weights; the last checkpoint on disk is then still a good one."""
-    for name, x in numbers.items():
-        if not math.isfinite(x):
-            raise TrainingError(f"{where}: the {name.replace('_', ' ')} is {x}; the last good checkpoint is kept")
+from run import autocast, check_finite, tokens_at_once
 
 
 @dataclass
 class PPOConfig:
-    """Defaults are the toy's. HH = Bai et al. B.1, IG = Ouyang et al. C.4, OO = Gao et al. App. C."""
-    iterations: int = 65        # rollout + update; HH's total is not stated, Fig. 33 is at 2e5 responses
-    batch: int = 256            # responses an iteration (not stated in HH; IG 512, OO 256)
-    minibatch: int = 64         # responses a step (not stated in HH; IG 64)
-    passes: int = 1             # K over the same responses: HH 1 (2 robustness, 4 online), IG 1
+    """The defaults are the toy's. The papers' are those of HH App. B.1, IG C.4 and OO App. C."""
+    iterations: int = 65        # rollout + update; HH's total is not stated (Fig. 33: 2e5 replies)
+    batch: int = 256            # responses per iteration (not stated in HH; IG 512, OO 256)
+    minibatch: int = 64         # responses per step (not stated in HH; IG 64)
+    passes: int = 1             # K, over the same responses: HH 1 (robustness 2, online 4), IG 1
     max_response: int = 32      # tokens; HH 128, and 32 in the robustness studies
-    lr: float = 5e-4            # HH: 0.01 x the pretraining rate, over some 12 times as many responses; here 0.1 x
-    critic_lr: float = 1e-3     # toy; not stated in HH; IG has a rate of its own for the value network
-    warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses in the robustness studies)
+    lr: float = 5e-4            # 0.1 x the pretraining rate (HH 0.01 x, for 12 x as many responses)
+    critic_lr: float = 1e-3     # not stated in HH; IG's value network has a rate of its own, too
+    warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses, robustness)
     clip: float = 0.2           # HH, IG, OO 0.2
-    value_clip: float = 0.2     # not stated in HH; the same as `clip` in OpenAI's RLHF code
+    value_clip: float = 0.2     # not stated in HH; OpenAI 0.2
     kl_coef: float = 0.2        # HH lambda_KL 0.001, IG beta 0.02, OO 0; README: "What differs"
     gamma: float = 1.0          # HH, IG: no discount
-    gae_lambda: float = 0.95    # not stated in HH and IG; OO 0.95
+    gae_lambda: float = 0.95    # not stated in HH and IG; OpenAI and OO 0.95
     max_grad_norm: float = 1.0  # not stated in HH and IG; the usual 1
-    temperature: float = 1.0    # IG 1; not stated in HH. Log-probs are taken at it too
-    unfinished_penalty: float = 1.0  # off the score when a response has no end-of-turn token (not stated in HH)
-    slots: int = 0              # responses sampled side by side (0: rollout.fitting_slots); changes speed, not the result
-    token_budget: int = 0       # tokens a forward pass holds (0: model.tokens_at_once); likewise
+    temperature: float = 1.0    # IG 1; not stated in HH. Log-probs use the same temperature
+    unfinished_penalty: float = 1.0  # subtracted if a response is unfinished (not stated in HH)
+    slots: int = 0              # responses sampled side by side; speed only (0 picks what fits)
+    token_budget: int = 0       # tokens a forward pass holds; memory and speed (0 picks a default)
 
 
-# ------------------------------------------------------------------------------ score
-
-
-def _at_states(hidden, ro: Rollouts, i):
-    """From row-aligned (B, S, ...) to response-aligned (B, R, ...): column t is the position before token t."""
-    R = ro.logp.shape[1]
-    at = ro.prompt_len[i][:, None] - 1 + torch.arange(R, device=hidden.device)  # (B, R)
-    at = at.clamp(max=hidden.shape[1] - 1)  # columns beyond a response; the mask hides them
-    return hidden[torch.arange(len(at), device=hidden.device)[:, None], at]
-
-
-def logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0, entropies=False):
-    """Log-probs (B, R) of responses i under a policy, by one full forward pass; 0 where masked. With `entropies`,
-    also those of the distributions (B, R).
-
-    The one function for old, new and reference log-probs: same temperature, same masks."""
-    mask = ro.mask[i]
-    hidden = _at_states(policy(ro.rows(i)), ro, i)[mask]  # (n, D): only real tokens reach the softmax
-    out = token_logprobs(policy, hidden, ro.actions[i][mask], temperature, entropies=entropies)  # (n,) or two of them
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    return tuple(zeros.masked_scatter(mask, x) for x in out) if entropies else zeros.masked_scatter(mask, out)
-
-
-def values(critic: ScalarModel, ro: Rollouts, i):
-    """V(s_t) of responses i, (B, R); 0 where masked."""
-    return _at_states(critic(ro.rows(i)), ro, i) * ro.mask[i]
-
-
-@torch.no_grad()
-def in_batches(function, ro: Rollouts, token_budget: int) -> torch.Tensor:
-    """Apply a function of row indices -> (B, R) to all responses -> (N, R), in batches sorted by length under a
-    token budget: no row is padded to the longest of all."""
-    out = torch.zeros_like(ro.logp)
-    for batch in batches_by_length(ro.lengths.tolist(), tokens_at_once(token_budget, out.device)):
-        i = torch.tensor(batch, device=out.device)
-        with autocast(out.device):
-            out[i] = function(i).float()
-    return out
+# ---- 3. Scores ---------------------------------------------------------------
 
 
 def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig):
-    """(N,) the raw PM logit of each response, mean-shifted, less the penalty for not finishing.
+    """(N,) the PM's logit for each response, less the penalty if the response did not finish.
 
-    Rows are built as in PM training: prompt, response with its end-of-turn token, end-of-context. An unfinished
-    response has no end-of-turn token. The toy's PM never saw one in training (train_pm.collect), hence the penalty."""
-    rows = [t[:n] + [end_of_context] for t, n in zip(ro.tokens.tolist(), ro.lengths.tolist())]
+    Rows are built as in PM training: prompt, response with its end-of-turn token, end-of-context.
+    An unfinished response has no end-of-turn token. The toy's PM never saw such a response in
+    training (train_pm.collect), hence the penalty."""
+    rows = []
+    for tokens, length in zip(ro.tokens.tolist(), ro.lengths.tolist()):
+        rows.append(tokens[:length] + [end_of_context])
     scores = score_rows(pm, rows, cfg.token_budget, ro.tokens.device).to(ro.tokens.device)
     return scores - cfg.unfinished_penalty * ~ro.finished
 
 
-# ------------------------------------------------------------------------------ advantages
+# ---- 4. Rewards --------------------------------------------------------------
 
 
-def kl_estimates(logp, ref_logp):
-    """Two estimates of D_KL(pi || ref) at each token, from tokens sampled from pi; with d = log pi - log ref:
-    k1 = d (unbiased, may be negative), k3 = exp(-d) - 1 + d (unbiased, never negative). In nats.
+def before_tokens(per_position, ro: Rollouts, i):
+    """Pick the entries one position before each response token: (B, T, ...) -> (B, R, ...)."""
+    R, device = ro.logp.shape[1], per_position.device
+    position = ro.prompt_len[i][:, None] - 1 + torch.arange(R, device=device)  # (B, R)
+    # Columns beyond a response may point past the end; the mask hides what is picked there.
+    position = position.clamp(max=per_position.shape[1] - 1)
+    row_index = torch.arange(len(position), device=device)[:, None]            # (B, 1)
+    return per_position[row_index, position]
 
-    Turned around, exp(d) - 1 - d is no KL at all. k1 is the one for the reward: the gradient of its expectation
-    is the gradient of the KL. k3 is logged beside it: a k1 that stays below 0 means that sampling and scoring
-    disagree (temperature, padding, dropout)."""
-    d = logp - ref_logp
-    return d, torch.exp(-d) - 1 + d
+
+def token_states(policy: GPT, ro: Rollouts, i):
+    """(n, D) the hidden state before each real token of responses i; only these get logits."""
+    return before_tokens(policy(ro.rows(i)), ro, i)[ro.mask[i]]
+
+
+def response_logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0):
+    """Log-probs (B, R) of responses i under a policy, by one full forward pass; 0 where mask is
+    False."""
+    mask = ro.mask[i]
+    states = token_states(policy, ro, i)                                       # (n, D)
+    packed = token_logprobs(policy, states, ro.actions[i][mask], temperature)  # (n,)
+    return torch.zeros_like(mask, dtype=packed.dtype).masked_scatter(mask, packed)
+
+
+def all_logprobs(policy: GPT, ro: Rollouts, cfg: PPOConfig):
+    """(N, R) log-probs of all the responses, without gradients. Old and reference log-probs come
+    from this one function: the same temperature, the same masks."""
+
+    def of_responses(i):
+        return response_logprobs(policy, ro, i, cfg.temperature)
+
+    return in_batches(of_responses, ro, cfg.token_budget)
+
+
+@torch.no_grad()
+def in_batches(function, ro: Rollouts, token_budget: int):
+    """Apply a function of indices -> (B, R) to all the responses -> (N, R). Batches hold responses
+    of like length under a token budget, so short rows are not padded to the longest of all."""
+    result = torch.zeros_like(ro.logp)
+    budget = tokens_at_once(token_budget, result.device)
+    for batch in batches_by_length(ro.lengths.tolist(), budget):
+        i = torch.tensor(batch, device=result.device)
+        with autocast(result.device):
+            result[i] = function(i).to(result.dtype)
+    return result
 
 
 def shaped_rewards(scores, logp, ref_logp, mask, kl_coef):
-    """(N, R): -lambda_KL * k1 at every token, plus the score on the last one (Eq. 4.1, spread over the tokens as in
-    IG §3.5; HH does not state whether it is). A row sums to score - lambda_KL * (its log-ratio to the reference)."""
+    """(N, R): -lambda_KL * (log pi - log ref) at every token, plus the score on the last one.
+
+    Eq. 4.1, spread over the tokens as in IG §3.5 (HH does not say how; OpenAI L149-154). A row
+    sums to score - lambda_KL * log-ratio of the whole response. checks.kl_estimates says why the
+    log-ratio is the right estimate of the KL here."""
     rewards = -kl_coef * (logp - ref_logp) * mask  # (N, R)
-    last = mask.sum(1, keepdim=True) - 1  # (N, 1)
-    return rewards.scatter_add(1, last, scores[:, None])
+    last = mask.sum(1, keepdim=True) - 1           # (N, 1)
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+# ---- 5. Advantages -----------------------------------------------------------
+
+
+def state_values(critic: ScalarModel, ro: Rollouts, i):
+    """V(s_t) of responses i, (B, R); 0 where mask is False."""
+    return before_tokens(critic(ro.rows(i)), ro, i) * ro.mask[i]
+
+
+def all_values(critic: ScalarModel, ro: Rollouts, cfg: PPOConfig):
+    """(N, R) values of all the responses, without gradients."""
+
+    def of_responses(i):
+        return state_values(critic, ro, i)
+
+    return in_batches(of_responses, ro, cfg.token_budget)
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2016) -> advantages, returns, both (N, R), 0 where masked.
+    """Generalized advantage estimation (Schulman et al. 2016; OpenAI L326-335) -> advantages and
+    returns, both (N, R), 0 where mask is False.
 
-      delta_t = r_t + gamma * V(s_{t+1}) - V(s_t),   A_t = delta_t + gamma * lam * A_{t+1}
-    V is 0 after the last kept token: the episode is over. Returns A + V are what the critic learns; they must be
-    made before advantages are whitened. Masked entries of the inputs are never used, not even NaN ones."""
-    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
-    advantages, next_value, next_advantage = torch.zeros_like(rewards), 0.0, 0.0
+    How much better was token t than the critic expected? Take the rewards of k tokens, and let the
+    critic stand for the rest:
+      A_t(k) = r_t + gamma r_{t+1} + ... + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k}) - V(s_t).
+    A small k trusts the critic (bias); a large k trusts the sampled tokens (variance). With
+      delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+    the values in between cancel, and
+      A_t(k) = delta_t + gamma delta_{t+1} + ... + gamma^(k-1) delta_{t+k-1}.
+    GAE averages over k = 1, 2, ... with the weights (1 - lam) lam^(k-1). The term delta_{t+j}
+    occurs in every A_t(k) with k > j, and their weights sum to lam^j. Hence
+      A_t = sum over j >= 0 of (gamma lam)^j delta_{t+j} = delta_t + gamma lam A_{t+1},
+    which the loop below runs backward. lam = 0 gives delta_t; lam = 1 gives A_t(k) with the largest
+    k.
+
+    V is 0 after the last kept token: the episode is over. The returns A + V are what the critic
+    learns; they must be computed before the advantages are whitened. Inputs where mask is False are
+    never used, even if they are NaN."""
+    rewards = torch.where(mask, rewards, 0)
+    values = torch.where(mask, values, 0)
+    advantages = torch.zeros_like(rewards)
+    next_value, next_advantage = 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (N,)
+        advantage = delta + gamma * lam * next_advantage           # (N,)
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0)
+        next_value, next_advantage = values[:, t], advantages[:, t]
     return advantages, advantages + values
 
 
 def whiten(x, mask):
-    """Mean 0, variance 1 over the valid tokens of the whole batch; 0 where masked. One valid token gives 0.
+    """Mean 0 and variance 1 over the real tokens of the whole batch; 0 where mask is False.
 
-    Not stated in HH and IG; OpenAI's first RLHF code does it."""
+    Not stated in HH and IG; OpenAI (L337) whitens each minibatch. A single token becomes 0."""
     kept = x[mask]
-    return torch.where(mask, (x - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8), 0)
+    whitened = (x - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8)
+    return torch.where(mask, whitened, 0)
 
 
-@dataclass
-class Experience:
-    """All that an update needs, (N, R) each."""
-    logp: torch.Tensor        # of the policy before the update
-    values: torch.Tensor
-    advantages: torch.Tensor  # whitened
-    returns: torch.Tensor
-
-
-def experience(policy, reference, critic, scores, ro: Rollouts, cfg: PPOConfig, where: str, first: bool):
-    """Steps 3 to 5 of an iteration: from responses and their scores (N,) to what the update needs, and statistics.
-
-    `where` names the iteration in errors; `first` says that the policy has not been updated yet."""
-    def logp_of(model):
-        return in_batches(lambda i: logprobs(model, ro, i, cfg.temperature), ro, cfg.token_budget)
-
-    # 3. Score. The old log-probs are made again by the forward pass that the update uses: those gathered while
-    #    sampling went through the cache, with other batch shapes, and differ by rounding.
-    mask, old, ref = ro.mask, logp_of(policy), logp_of(reference)
-    old_values = in_batches(lambda i: values(critic, ro, i), ro, cfg.token_budget)
-    exact = ro.tokens.device.type == "cpu"  # float32; bf16 on a GPU
-    gap = (ro.logp - old)[mask].abs().mean().item()
-    if not gap <= (1e-4 if exact else 5e-2):  # so that NaN stops it too
-        raise TrainingError(f"{where}: log-probs at sampling and at scoring differ by {gap:.2g} nats a token")
-    k1, k3 = kl_estimates(old, ref)
-    if first and not k1[mask].abs().mean() <= (1e-5 if exact else 2e-2):
-        raise TrainingError(f"{where}: the KL to the initial policy isn't 0 before the first update")
-    # 4. Rewards: the score on the last token, the KL penalty on all.
-    rewards = shaped_rewards(scores, old, ref, mask, cfg.kl_coef)
-    total = scores - cfg.kl_coef * (k1 * mask).sum(1)  # (N,)
-    if not torch.allclose(rewards.sum(1), total, atol=1e-3):
-        raise TrainingError(f"{where}: rewards don't add up to score - KL penalty")
-    # 5. Advantages. Returns are made from them before whitening, or the critic would learn whitened ones.
-    advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.gae_lambda)
-    unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
-    stats = dict(score=scores.mean(), reward=total.mean(),
-                 kl=(k1 * mask).sum(1).mean(), kl_k3=(k3 * mask).sum(1).mean(),  # nats a response
-                 tokens=ro.response_len.float().mean(), finished=ro.finished.float().mean(),
-                 explained_variance=1 - unexplained)
-    return Experience(old, old_values, whiten(advantages, mask), returns), {k: v.item() for k, v in stats.items()}
-
-
-# ------------------------------------------------------------------------------ update
+# ---- 6. Update ---------------------------------------------------------------
 
 
 def policy_loss(logp, old_logp, advantages, clip):
-    """Token-wise -min(ratio * A, clip(ratio) * A), not averaged. ratio = pi / pi_old, one a token."""
+    """-min(ratio * A, clip(ratio) * A) of each token (App. B.1); ratio = pi / pi_old."""
     ratio = torch.exp(logp - old_logp)
     # No gradient where the ratio has already moved past 1 +- clip in the direction that A asks for.
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
 
 def value_loss(new_values, old_values, returns, clip):
-    """Token-wise 0.5 * max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the OLD value.
-
-    Not stated in HH and IG; this form is that of OpenAI's first RLHF code."""
+    """0.5 * max((V - G)^2, (V_clipped - G)^2) of each token, where G is the return and V_clipped
+    stays within `clip` of the OLD value. Not stated in HH and IG; OpenAI L343-347."""
     clipped = old_values + (new_values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experience, cfg: PPOConfig, generator,
-           where: str = "") -> dict:
-    """K passes over the responses in minibatches. Returns what is worth watching: means over each minibatch's
-    tokens, then over the minibatches.
+@dataclass
+class Experience:
+    """What the update needs to know of the responses besides their tokens; (N, R) each."""
+    logp: torch.Tensor        # log-probs under the policy before the update
+    values: torch.Tensor      # the critic's values before the update
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor     # advantages before whitening + values
 
-    A minibatch runs in length-sorted pieces under the token budget; each piece's loss is divided by the valid
-    tokens of the whole minibatch, so the gradient is that of one big batch. `where` names the iteration in errors."""
-    N, device = len(ro.tokens), ro.tokens.device
-    mask, totals, n_steps = ro.mask, {}, 0
-    for k in range(cfg.passes):
-        for chosen in torch.randperm(N, generator=generator).split(cfg.minibatch):
-            n_tokens = mask[chosen.to(device)].sum().item()
+
+def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experience,
+           cfg: PPOConfig, generator, where: str = "") -> dict:
+    """K passes over the responses, in minibatches in random order. Returns statistics: means over a
+    minibatch's tokens (but gradient norms), then over the minibatches. `where` names the iteration
+    in errors.
+
+    A minibatch is taken in pieces that fit the token budget. Losses are sums over tokens, divided
+    by the tokens of the whole minibatch, so the gradient is that of one big batch."""
+    history = []
+    for _ in range(cfg.passes):
+        order = torch.randperm(len(ro.tokens), generator=generator)
+        for minibatch in order.split(cfg.minibatch):
+            n_tokens = ro.response_len.cpu()[minibatch].sum().item()
+            statistics = {}
             optimizer.zero_grad(set_to_none=True)
-            first_step = n_steps == 0
-            stats = {}
-            for piece in batches_by_length(ro.lengths.cpu()[chosen].tolist(), tokens_at_once(cfg.token_budget, device)):
-                i = chosen[piece].to(device)
-                m = mask[i]
-                with autocast(device):
-                    new_logp, entropy = logprobs(policy, ro, i, cfg.temperature, entropies=True)
-                    new_values = values(critic, ro, i)
-                pg = policy_loss(new_logp, ex.logp[i], ex.advantages[i], cfg.clip)[m].sum() / n_tokens
-                vf = value_loss(new_values, ex.values[i], ex.returns[i], cfg.value_clip)[m].sum() / n_tokens
-                check_finite(where, policy_loss=pg.item(), value_loss=vf.item())
-                (pg + vf).backward()  # two networks, so the sum of the losses needs no weights
-                with torch.no_grad():
-                    log_ratio = (new_logp - ex.logp[i])[m]
-                    ratio = log_ratio.exp()
-                    for name, x in dict(policy_loss=pg, value_loss=vf, entropy=entropy[m].sum() / n_tokens,
-                                        approx_kl=(ratio - 1 - log_ratio).sum() / n_tokens,  # k3 of old || new
-                                        clip_fraction=((ratio - 1).abs() > cfg.clip).sum() / n_tokens).items():
-                        stats[name] = stats.get(name, 0.0) + x.item()
-                    # Before the first step old and new policy are one. If their ratio isn't 1 (up to
-                    # rounding, which in bf16 is large for a rare token), then padding, positions, temperature or
-                    # dropout differ between the two passes, and nothing PPO does from here on means what it should.
-                    off = (ratio - 1).abs()
-                    if first_step and not (off.max() <= 1e-3 if device.type == "cpu" else off.mean() <= 2e-2):
-                        raise TrainingError(f"{where}: the ratio is off 1 by {off.max().item():.4f} at the first step")
-            norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm).item()
-                     for net in (policy, critic)]
-            check_finite(where, policy_gradient=norms[0], critic_gradient=norms[1])
+            for i in pieces(ro, minibatch, cfg.token_budget):
+                mask = ro.mask[i]
+                actions, old_logp = ro.actions[i][mask], ex.logp[i][mask]                 # (n,)
+                old_values, returns = ex.values[i][mask], ex.returns[i][mask]             # (n,)
+                with autocast(mask.device):
+                    states = token_states(policy, ro, i)                                  # (n, D)
+                    logp = token_logprobs(policy, states, actions, cfg.temperature)       # (n,)
+                    new_values = state_values(critic, ro, i)[mask]                        # (n,)
+                policy_sum = policy_loss(logp, old_logp, ex.advantages[i][mask], cfg.clip).sum()
+                value_sum = value_loss(new_values, old_values, returns, cfg.value_clip).sum()
+                check_finite(where, policy_loss=policy_sum.item(), value_loss=value_sum.item())
+                # Policy and critic are two networks, so the sum of their losses needs no weights.
+                ((policy_sum + value_sum) / n_tokens).backward()
+
+                # For the log:
+                entropy = token_entropies(policy, states, cfg.temperature).sum()
+                sums = update_statistics(policy_sum, value_sum, entropy, logp, old_logp, cfg.clip)
+                add_to(statistics, sums, n_tokens)
+                if not history:
+                    check_first_ratio(logp, old_logp, where)
+            for name, network in (("grad_norm", policy), ("critic_grad_norm", critic)):
+                norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
+                statistics[name] = norm.item()
+                check_finite(where, **{name: norm.item()})
             optimizer.step()
-            n_steps += 1
-            for name, x in dict(stats, grad_norm=norms[0], critic_grad_norm=norms[1]).items():
-                totals[name] = totals.get(name, 0.0) + x
-    return {name: x / n_steps for name, x in totals.items()}
+            history.append(statistics)
+    return averages(history)
+
+
+def pieces(ro: Rollouts, minibatch, token_budget: int):
+    """Yield the indices of a minibatch's responses, in parts that a forward pass can hold."""
+    device = ro.tokens.device
+    lengths = ro.lengths.cpu()[minibatch].tolist()
+    for part in batches_by_length(lengths, tokens_at_once(token_budget, device)):
+        yield minibatch[part].to(device)

@@ -1,32 +1,34 @@
-"""The rollout hot loop: sample one response to each prompt, fast.
+"""Rollouts: sample one response to each prompt, first plainly, then fast.
 
-Sampling is most of RLHF's time, and most of that time is easily wasted: on reading the prompt again for each token,
-on keys and values that are copied to grow, on waiting for the longest response of a batch, on a host that asks the
-device after each token whether it is done. Read it in this order:
+Read it in this order:
+  1. Rollouts       what comes out, and the indexing that PPO relies on
+  2. plain_rollout  the obvious loop. If you only want PPO, you may stop after it
+  3. Sampler        returns the same, token for token (up to rounding), several times faster
+  4. Memory         what a number of slots takes, and how many slots fit
 
-  Rollouts    what comes out
-  Sampler     slots, one step for all of them, and the host's loop around it: admit, step, look, refill
-  rollout     the same as one function call
-  memory      what a number of slots takes, and how many fit a budget
+Sampling is most of RLHF's time, and the plain loop wastes most of that: it reads the prompt again
+for each token, and waits for the longest response. The Sampler caches keys and values, and starts a
+new response wherever one has ended. A SLOT is a row of the cache. It holds one response until that
+ends, and then takes the next prompt from the queue. Each slot is at its own position; one step adds
+one token to every slot. experiments/rollout_speed.py measures each trick.
 
-A SLOT is a row of the key-value cache. It holds one response while that is being sampled, and takes the next prompt
-of the queue when it ends. Slots are at different positions of different responses; a step adds a token to each.
-
-Legend:  N responses   B slots in use   P prompt tokens   R response tokens   S = P + R   C cache length looked at
+Legend:  N responses   n those still running   P prompt tokens   R response tokens   S = P + R
+         B slots in use, or responses of a batch   T longest row   D width
+         C cache length that a step reads
 """
 import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from data import UserError, batches_by_length, pad
-from model import GPT, GPTConfig, KVCache, autocast, sample
+from cache import KVCache, forward_cached, prefill
+from data import batches_by_length, pad
+from model import GPT, GPTConfig, sample
+from run import UserError, autocast
 
-PREFILL_TOKENS = 8192  # tokens that one prefill batch holds
-BUCKET = 32            # cache lengths that a step looks at are multiples of this
-# On a CPU a step's time grows with its rows from some 64 on; on a GPU more rows share one reading of the weights.
-MOST_SLOTS = {"cpu": 64, "cuda": 512}
+# ---- 1. Rollouts -------------------------------------------------------------
 
 
 @dataclass
@@ -35,254 +37,398 @@ class Rollouts:
     tokens: torch.Tensor        # (N, S) prompt, response, pads
     prompt_len: torch.Tensor    # (N,)
     response_len: torch.Tensor  # (N,) at least 1; counts the end-of-turn token
-    finished: torch.Tensor      # (N,) bool: ended its turn before running out of room
-    logp: torch.Tensor          # (N, R) of the behaviour policy, as sampled
+    finished: torch.Tensor      # (N,) bool: its last token is end-of-turn
+    logp: torch.Tensor          # (N, R) recorded while sampling; 0 where mask is False
 
     @property
     def mask(self):
-        """(N, R) bool, by position and never by token id: an id equal to a pad's is still an action."""
-        return torch.arange(self.logp.shape[1], device=self.logp.device) < self.response_len[:, None]
+        """(N, R) bool: which response tokens exist. It goes by position and never by token id: an
+        id equal to that of a pad is still an action."""
+        R = self.logp.shape[1]
+        return torch.arange(R, device=self.logp.device) < self.response_len[:, None]
 
     @property
     def lengths(self):
-        return self.prompt_len + self.response_len  # (N,)
+        """(N,) tokens of each prompt and response together."""
+        return self.prompt_len + self.response_len
 
     @property
     def actions(self):
-        """(N, R) the response's tokens; what stands where `mask` is False means nothing."""
-        at = self.prompt_len[:, None] + torch.arange(self.logp.shape[1], device=self.logp.device)
-        return self.tokens.gather(1, at.clamp(max=self.tokens.shape[1] - 1))
+        """(N, R) the tokens of the responses. Where `mask` is False they mean nothing."""
+        R = self.logp.shape[1]
+        position = self.prompt_len[:, None] + torch.arange(R, device=self.logp.device)  # (N, R)
+        last_column = self.tokens.shape[1] - 1  # the mask hides what is picked beyond it
+        return self.tokens.gather(1, position.clamp(max=last_column))
 
-    def rows(self, i) -> torch.Tensor:
-        """Token rows of some responses, padded no further than the longest of them."""
-        return self.tokens[i, : int(self.lengths[i].max())]
+    def rows(self, i):
+        """(B, T) the token rows of responses i, padded no further than the longest of them."""
+        return self.tokens[i, :int(self.lengths[i].max())]
 
     def responses(self) -> list[list[int]]:
-        return [t[p:p + r] for t, p, r in zip(*(x.tolist() for x in (self.tokens, self.prompt_len, self.response_len)))]
+        """The responses as lists of ids, without prompts and pads."""
+        result = []
+        for row, start, length in zip(self.tokens.tolist(), self.prompt_len.tolist(),
+                                      self.response_len.tolist()):
+            result.append(row[start:start + length])
+        return result
 
 
-# ------------------------------------------------------------------------------ the sampler
+# ---- 2. plain_rollout --------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: int,
+                  temperature=1.0, limits: list[int] | None = None) -> Rollouts:
+    """Sample a response of at most R tokens to each of N prompts (ids), without any cache.
+
+    uniforms (N, R) in [0, 1): response n uses only the random numbers of row n, so it depends
+    neither on the others nor on how they are batched. limits: at most so many tokens, and at least
+    1, for each response."""
+    device = policy.embed.weight.device
+    N, R = uniforms.shape
+    uniforms = uniforms.to(device)
+    limit = torch.tensor(limits or [R] * N, device=device)                # (N,)
+    tokens, prompt_len = pad(prompts)
+    tokens, prompt_len = tokens.to(device), prompt_len.to(device)         # (N, P), (N,)
+    tokens = F.pad(tokens, (0, R))                                        # (N, S) room for R more
+    logp = torch.zeros(N, R, dtype=sampling_dtype(policy), device=device)
+    response_len = torch.zeros(N, dtype=torch.long, device=device)
+    finished = torch.zeros(N, dtype=torch.bool, device=device)
+    for t in range(R):
+        running = (~finished & (t < limit)).nonzero()[:, 0]               # (n,) still running
+        if len(running) == 0:
+            break
+        position = prompt_len[running] + t                                # (n,) of the new token
+        with autocast(device):
+            hidden = policy(tokens[running, :position.max()])             # (n, T, D) all read again
+        row_index = torch.arange(len(running), device=device)             # (n,)
+        last = hidden[row_index, position - 1]                            # (n, D)
+        token, token_logp = sample(policy.logits(last), uniforms[running, t], temperature)
+        tokens[running, position] = token
+        logp[running, t] = token_logp
+        response_len[running] += 1
+        finished[running] = token == end_of_turn  # end-of-turn is an action, so it is kept
+    return Rollouts(tokens, prompt_len, response_len, finished, logp)
+
+
+# ---- 3. Sampler --------------------------------------------------------------
+
+PREFILL_TOKENS = 8192  # tokens that one prefill batch holds
+BUCKET = 32            # the cache lengths that steps read are multiples of this
+# On a CPU, steps with more than about 64 rows take longer. On a GPU, more rows share one reading of
+# the weights.
+MOST_SLOTS = {"cpu": 64, "cuda": 512}
 
 
 class Sampler:
     """Samples from one policy, call after call, while its weights change in place.
 
-    Everything a step reads or writes stays where it is from one step to the next and keeps its shape. So on a GPU a
-    step is recorded once as a CUDA graph, one for each (slots, cache length) in use, and replayed: one launch instead
-    of some hundred, and none of the host's time in between."""
+    Each trick saves one thing that the plain loop does again and again:
+      cache         a token's keys and values are computed once
+      static shape  the cache is allocated once; nothing is copied to make room for a token
+      refill        a slot takes the next prompt at once and does not wait for its neighbors
+      shared prompt several responses to one prompt read it once (comparisons, best of n)
+      few polls     the host asks the device only every few steps which responses have ended
+      CUDA graphs   a step does the same on the same memory each time, so on a GPU it is recorded
+                    once for each (slots, cache length) and replayed: one launch, not hundreds
+    """
 
-    def __init__(self, policy: GPT, end_of_turn: int, temperature: float = 1.0, slots: int = 0, look: int = 0,
-                 graphs: bool = True):
-        """`slots`: responses sampled side by side (0: as `fitting_slots` finds). `look`: steps between two looks of the
-        host (0: 8 on a GPU, where a look waits for the device; else 2). `graphs` False: no CUDA graphs on a GPU."""
+    def __init__(self, policy: GPT, end_of_turn: int, temperature: float = 1.0, slots: int = 0,
+                 poll_every: int = 0, use_graphs: bool = True):
+        """slots: responses sampled side by side (0: as many as `fitting_slots` finds).
+        poll_every: steps between two polls (0: 8 on a GPU, where a poll waits for the device; else
+        2). use_graphs=False: no CUDA graphs on a GPU."""
         self.policy, self.end_of_turn, self.temperature = policy, end_of_turn, temperature
         self.device = policy.embed.weight.device
-        cuda = self.device.type == "cuda"
-        self.wanted, self.look, self.use_graphs = slots, look or (8 if cuda else 2), cuda and graphs
-        # Under autocast a float32 matrix is turned to bf16 at each use, which reads and writes more bytes than the
-        # use itself. A copy with bf16 matrices is refreshed once a call instead; the arithmetic is the same.
-        self.model = copy.deepcopy(policy).requires_grad_(False) if cuda else policy
-        for module in self.model.modules() if cuda else ():
-            if isinstance(module, nn.Linear):
-                module.to(torch.bfloat16)
-        self.cache, self.stream = None, torch.cuda.Stream() if self.use_graphs else None
-        self.steps = self.slot_steps = 0  # made so far; what is over and above the tokens sampled was wasted
+        on_gpu = self.device.type == "cuda"
+        self.wanted_slots = slots
+        self.poll_every = poll_every or (8 if on_gpu else 2)
+        self.use_graphs = on_gpu and use_graphs
+        self.model = policy
+        if on_gpu:
+            # Under autocast every use converts a float32 matrix to bf16, which costs more than the
+            # multiplication. A bf16 copy, refreshed once per call, gives the same numbers.
+            self.model = copy.deepcopy(policy).requires_grad_(False)
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.bfloat16)
+        self.cache = None
+        self.stream = torch.cuda.Stream() if self.use_graphs else None
+        self.steps = 0        # steps so far, over all calls
+        self.slot_steps = 0   # slots, summed over steps; tokens / slot_steps is the share in use
 
-    def _reserve(self, size: int, N: int, R: int):
-        """Make the cache and the buffers, unless those of earlier calls will do."""
-        if self.cache and size <= self.cache.k.shape[3] and N <= self.spare and R == self.uniforms.shape[1]:
-            return
-        self.cache, self.graphs, self.spare = None, {}, N  # frees the old ones first
-        cfg, to = self.policy.cfg, dict(device=self.device)
-        B = self.slots = min(self.wanted or fitting_slots(cfg, size, self.device), _power_of_two(N))
-        self.cache = KVCache(cfg, B, size, self.device, _dtype(self.device))
-        # A slot's state: the response it works on (`spare`: none, it is idle), the token to read next, tokens sampled.
-        self.row, self.token, self.count = (torch.zeros(B, dtype=torch.long, **to) for _ in range(3))
-        # A response's: its random numbers and its limit come in, its tokens and log-probs go out. One spare response,
-        # the last, takes what idle slots write, so that a step does the same for every slot.
-        self.uniforms, self.logp = torch.zeros(N + 1, R, **to), torch.zeros(N + 1, R, **to)
-        self.tokens = torch.zeros(N + 1, R, dtype=torch.long, **to)
-        self.limit = torch.ones(N + 1, dtype=torch.long, **to)
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[int]], uniforms,
+                 limits: list[int] | None = None) -> Rollouts:
+        """`plain_rollout` with the policy given at construction: the same responses."""
+        N, R = uniforms.shape
+        self._check(prompts, R)
+        lengths = [len(prompt) for prompt in prompts]
+        self._reserve(longest=max(lengths) + R, n_responses=N, max_response=R)
+        self._refresh_weights()
+        self._clear()
+        self.uniforms[:N].copy_(uniforms)
+        limits = limits or [R] * N
+        self.limit[:N].copy_(torch.tensor([min(R, limit) for limit in limits]))
+
+        # Short prompts first, so that prompts prefilled together have similar lengths, and early
+        # steps read a short part of the cache.
+        queue = sorted(range(N), key=lengths.__getitem__, reverse=True)  # taken from its end
+        B = min(self.slots, _power_of_two(N))
+        owner = [self.idle_response] * B  # the response in each slot, as of the last poll
+        depth = [0] * B                   # the most tokens that each slot's row can hold by now
+        while True:
+            # 1. Refill once an eighth of the slots are idle: a prefill of few prompts costs almost
+            #    as much as one of many.
+            idle = [slot for slot in range(B) if owner[slot] == self.idle_response]
+            if queue and len(idle) * 8 >= B:
+                slots = idle[:len(queue)]
+                responses = [queue.pop() for _ in slots]
+                self._admit(slots, responses, prompts)
+                for slot, response in zip(slots, responses):
+                    owner[slot], depth[slot] = response, lengths[response] - 1
+            busy = [slot for slot in range(B) if owner[slot] != self.idle_response]
+            if not busy:
+                break
+            # 2. When the queue is empty and at most half of the slots are busy, keep only the
+            #    smallest power of two that holds them.
+            if not queue and len(busy) * 2 <= B:
+                self._compact(busy, C=max(depth))
+                B = _power_of_two(len(busy))
+                n_idle = B - len(busy)
+                owner = [owner[slot] for slot in busy] + [self.idle_response] * n_idle
+                depth = [depth[slot] for slot in busy] + [0] * n_idle
+            # 3. A few steps, each of which adds a token to every busy slot.
+            C = min(self.cache.k.shape[3], _round_up(max(depth) + self.poll_every))
+            for _ in range(self.poll_every):
+                self._run_step(B, C)
+            # 4. Poll: which responses have ended? This is the host's only question to the device.
+            owner = self.response[:B].tolist()
+            for slot in range(B):
+                if owner[slot] == self.idle_response:
+                    depth[slot] = 0
+                else:
+                    depth[slot] += self.poll_every
+        return self._collect(prompts, N)
 
     def _step(self, B: int, C: int):
-        """One more token for the first B slots, of which none holds more than C - 1 tokens.
+        """One more token for the first B slots, none of which holds more than C - 1 tokens.
 
-        Fixed shapes, and nothing here asks for a value on the host (no item(), no if on a tensor)."""
-        row, count, cache = self.row[:B], self.count[:B], self.cache.part(B, C)
+        All shapes are fixed, and nothing here asks for a value on the host (no item(), no `if` on a
+        tensor)."""
+        response, count, cache = self.response[:B], self.count[:B], self.cache.part(B, C)
         with autocast(self.device):
-            hidden = self.model(self.token[:B, None], cache)[:, 0]  # (B, D)
-        new, logp = sample(self.model.logits(hidden), self.uniforms[row, count], self.temperature)  # (B,), (B,)
-        self.tokens[row, count], self.logp[row, count] = new, logp
-        self.token[:B] = new
-        over = (new == self.end_of_turn) | (count + 1 >= self.limit[row])  # the end-of-turn token is kept: an action
-        # A slot whose response is over becomes idle, here on the device. It goes on at position 0 of its own row of
-        # the cache, where nothing of value is left, until the host gives it another prompt.
-        cache.lengths.copy_(torch.where(over, 0, cache.lengths + 1))
-        count.copy_(torch.where(over, 0, count + 1))
-        row.copy_(torch.where(over, self.spare, row))
+            hidden = forward_cached(self.model, self.token[:B, None], cache)[:, 0]  # (B, D)
+        uniform = self.uniforms[response, count]                                   # (B,)
+        token, logp = sample(self.model.logits(hidden), uniform, self.temperature)
+        self.tokens[response, count] = token
+        self.logp[response, count] = logp
+        self.token[:B] = token
+        has_ended = (token == self.end_of_turn) | (count + 1 >= self.limit[response])
+        # A slot whose response has ended becomes idle, here on the device. Until the host refills
+        # it, it keeps stepping at position 0 of its row, whose content is no longer needed, and
+        # writes to the idle response.
+        cache.lengths.copy_(torch.where(has_ended, 0, cache.lengths + 1))
+        count.copy_(torch.where(has_ended, 0, count + 1))
+        response.copy_(torch.where(has_ended, self.idle_response, response))
 
     def _run_step(self, B: int, C: int):
-        self.steps, self.slot_steps = self.steps + 1, self.slot_steps + B
+        """Run one step; on a GPU, replay its recorded graph."""
+        self.steps += 1
+        self.slot_steps += B
         if not self.use_graphs:
-            return self._step(B, C)
-        if (B, C) in self.graphs:
-            return self.graphs[B, C].replay()
-        # First time: a step outside the graph, as warm-up, which counts; recording runs nothing.
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
             self._step(B, C)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        # Graphs run one after another and leave nothing behind but what is in the buffers, so they share their memory.
-        shared = next((graph.pool() for graph in self.graphs.values()), None)
-        self.graphs[B, C] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graphs[B, C], pool=shared):
-            self._step(B, C)
+        elif (B, C) in self.graphs:
+            self.graphs[B, C].replay()
+        else:
+            # The first step of a shape runs eagerly as a warm-up, and its result is used. Recording
+            # executes nothing.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self._step(B, C)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            # Graphs run one at a time and keep results only in the buffers, so they can share the
+            # memory of their intermediate results.
+            pool = None
+            if self.graphs:
+                pool = next(iter(self.graphs.values())).pool()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(B, C)
+            self.graphs[B, C] = graph
 
-    def _admit(self, slots: list[int], rows: list[int], prompts: list[list[int]]):
-        """Give prompts to idle slots. All of a prompt but its last token is read at once (prefill); the last one is
-        what the slot's first step reads. A prompt that several rows share is read once, and its keys and values are
-        copied (the two replies of a comparison, best-of-n)."""
-        prefixes = {}  # prefix -> the slots that start from it
-        for slot, row in zip(slots, rows):
-            prefixes.setdefault(tuple(prompts[row][:-1]), []).append(slot)
-        distinct = [p for p in prefixes if p]
-        for batch in batches_by_length([len(p) for p in distinct], PREFILL_TOKENS):
-            ids = pad([list(distinct[i]) for i in batch])[0].to(self.device)  # (n, P)
-            read = KVCache(self.policy.cfg, *ids.shape, self.device, _dtype(self.device))
-            with autocast(self.device):
-                self.model(ids, read, fill_only=True)
-            to = torch.tensor([s for i in batch for s in prefixes[distinct[i]]], device=self.device)
-            source = torch.tensor([j for j, i in enumerate(batch) for _ in prefixes[distinct[i]]], device=self.device)
-            for layer in range(self.policy.cfg.n_layer):  # one by one, so that the copies in between are small
-                self.cache.k[layer, to, :, :ids.shape[1]] = read.k[layer, source]
-                self.cache.v[layer, to, :, :ids.shape[1]] = read.v[layer, source]
-        slots = torch.tensor(slots, device=self.device)
-        self.row[slots] = torch.tensor(rows, device=self.device)
-        self.token[slots] = torch.tensor([prompts[i][-1] for i in rows], device=self.device)
-        self.cache.lengths[slots] = torch.tensor([len(prompts[i]) - 1 for i in rows], device=self.device)
-        self.count[slots] = 0
+    def _admit(self, slots: list[int], responses: list[int], prompts: list[list[int]]):
+        """Give prompts to idle slots. All of a prompt but its last token is read at once (prefill);
+        the last token is what the slot's first step reads."""
+        slots_of = {}  # prefix (a prompt without its last token) -> the slots that start from it
+        for slot, response in zip(slots, responses):
+            slots_of.setdefault(tuple(prompts[response][:-1]), []).append(slot)
+        distinct = [prefix for prefix in slots_of if prefix]
+        for batch in batches_by_length([len(prefix) for prefix in distinct], PREFILL_TOKENS):
+            prefixes = [distinct[i] for i in batch]
+            self._prefill(prefixes, [slots_of[prefix] for prefix in prefixes])
+        to = torch.tensor(slots, device=self.device)
+        self.response[to] = torch.tensor(responses, device=self.device)
+        self.token[to] = torch.tensor([prompts[i][-1] for i in responses], device=self.device)
+        self.cache.lengths[to] = torch.tensor([len(prompts[i]) - 1 for i in responses],
+                                              device=self.device)
+
+    def _prefill(self, prefixes: list[tuple[int, ...]], slots_of: list[list[int]]):
+        """Read each prefix once, and copy its keys and values to the slots that start from it."""
+        ids = pad(prefixes)[0].to(self.device)  # (n, P)
+        read = KVCache(self.policy.cfg, len(ids), ids.shape[1], self.device, self.cache.k.dtype)
+        with autocast(self.device):
+            prefill(self.model, ids, read)
+        source, to = [], []
+        for row, slots in enumerate(slots_of):
+            for slot in slots:
+                source.append(row)
+                to.append(slot)
+        source, to = torch.tensor(source, device=self.device), torch.tensor(to, device=self.device)
+        for layer in range(self.policy.cfg.n_layer):  # one by one: temporary copies stay small
+            self.cache.k[layer, to, :, :ids.shape[1]] = read.k[layer, source]
+            self.cache.v[layer, to, :, :ids.shape[1]] = read.v[layer, source]
 
     def _compact(self, busy: list[int], C: int):
-        """Move busy slots, of at most C tokens, to the front, so that steps can be made on fewer slots."""
+        """Move the busy slots, which hold at most C tokens, to the front."""
         at = torch.tensor(busy, device=self.device)
-        for x in (self.row, self.token, self.count, self.cache.lengths):
-            x[:len(busy)] = x[at]
-        self.row[len(busy):] = self.spare
+        for state in (self.response, self.token, self.count, self.cache.lengths):
+            state[:len(busy)] = state[at]
+        self.response[len(busy):] = self.idle_response
         for layer in (*self.cache.k, *self.cache.v):
             layer[:len(busy), :, :C] = layer[at, :, :C]
 
-    @torch.no_grad()
-    def __call__(self, prompts: list[list[int]], uniforms, limits: list[int] | None = None) -> Rollouts:
-        """Sample a response of at most R tokens (limits[i], where given and less) to each of N prompts (ids).
+    def _check(self, prompts: list[list[int]], max_response: int):
+        """Raise UserError for prompts that cannot be answered."""
+        if not prompts or max_response < 1:
+            raise UserError("no prompt, or no room for a response: there is nothing to sample")
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) < 1:
+            raise UserError(f"prompt {lengths.index(0)} is empty: there is nothing to answer")
+        longest, context = max(lengths), self.policy.cfg.context
+        if longest + max_response >= context:  # the PM appends one more token
+            raise UserError(f"--context {context} is too short for a prompt of {longest} tokens "
+                            f"and a response of {max_response}; use a larger one")
 
-        uniforms (N, R) in [0, 1), on the CPU: row i is all the randomness of response i, so the response does not
-        depend on its slot, on when it is admitted, nor on the others (up to rounding)."""
-        (N, R), lengths = uniforms.shape, [len(p) for p in prompts]
-        if not N or not R or min(lengths) < 1:
-            raise UserError("no prompt, an empty prompt or no room for a response: there is nothing to sample")
-        if max(lengths) + R >= self.policy.cfg.context:  # one more than both: the PM appends its end-of-context token
-            raise UserError(f"--context {self.policy.cfg.context} is too short for a prompt of {max(lengths)} tokens "
-                            f"and a response of {R}; make it longer")
-        self._reserve(min(self.policy.cfg.context, _round_up(max(lengths) + R + self.look)), N, R)
+    def _reserve(self, longest: int, n_responses: int, max_response: int):
+        """Make the cache and the buffers, unless those of earlier calls are large enough."""
+        size = min(self.policy.cfg.context, _round_up(longest + self.poll_every))
+        if (self.cache and size <= self.cache.k.shape[3] and n_responses <= self.idle_response
+                and max_response == self.uniforms.shape[1]):
+            return
+        self.cache, self.graphs = None, {}  # frees the old ones first
+        cfg, N, device = self.policy.cfg, n_responses, self.device
+        dtype = sampling_dtype(self.policy)
+        cache_dtype = torch.bfloat16 if device.type == "cuda" else dtype
+        B = min(self.wanted_slots or fitting_slots(cfg, size, device), _power_of_two(N))
+        self.slots = B
+        self.cache = KVCache(cfg, B, size, device, cache_dtype)
+        # Per slot: the response it works on, the token to read next, the tokens sampled so far.
+        self.response = torch.zeros(B, dtype=torch.long, device=device)
+        self.token = torch.zeros(B, dtype=torch.long, device=device)
+        self.count = torch.zeros(B, dtype=torch.long, device=device)
+        # Per response: inputs are its random numbers and its length limit, outputs are its tokens
+        # and log-probs. One more response takes what idle slots write, so that a step does the same
+        # for every slot.
+        self.idle_response = N
+        self.uniforms = torch.zeros(N + 1, max_response, device=device)
+        self.limit = torch.ones(N + 1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(N + 1, max_response, dtype=torch.long, device=device)
+        self.logp = torch.zeros(N + 1, max_response, dtype=dtype, device=device)
+
+    def _refresh_weights(self):
+        """Copy the policy's present weights into the bf16 copy."""
         if self.model is not self.policy:
-            for mine, theirs in zip(self.model.parameters(), self.policy.parameters()):
-                mine.copy_(theirs)
-        spare = self.spare
-        self.row.fill_(spare), self.cache.lengths.zero_(), self.count.zero_(), self.tokens.fill_(-1)
-        self.uniforms[:N].copy_(uniforms)
-        self.limit[:N].copy_(torch.tensor([min(R, n) for n in limits or [R] * N]))
+            for copied, original in zip(self.model.parameters(), self.policy.parameters()):
+                copied.copy_(original)
 
-        # Short prompts first: those admitted together are of like length, and early steps look at a short cache.
-        queue = sorted(range(N), key=lengths.__getitem__, reverse=True)  # taken from its end
-        B = min(self.slots, _power_of_two(N))
-        owner, depth = [spare] * B, [0] * B  # as of the last look: the response of each slot, the tokens it holds
-        while True:
-            idle = [s for s in range(B) if owner[s] == spare]
-            # Refill in groups: a prefill of a few prompts costs nearly as much as one of many.
-            if queue and len(idle) * 8 >= B:
-                rows = [queue.pop() for _ in idle[:len(queue)]]
-                self._admit(idle[:len(rows)], rows, prompts)
-                for slot, row in zip(idle, rows):
-                    owner[slot], depth[slot] = row, lengths[row] - 1
-            busy = [s for s in range(B) if owner[s] != spare]
-            if not busy:
-                break
-            # The queue is empty and half of the slots are idle: go on with half as many.
-            if not queue and len(busy) * 2 <= B:
-                self._compact(busy, max(depth))
-                B = _power_of_two(len(busy))
-                owner = [owner[s] for s in busy] + [spare] * (B - len(busy))
-                depth = [depth[s] for s in busy] + [0] * (B - len(busy))
-            C = min(self.cache.k.shape[3], _round_up(max(depth) + self.look))
-            for _ in range(self.look):
-                self._run_step(B, C)
-            owner = self.row[:B].tolist()  # the host's only question to the device
-            depth = [d + self.look if o != spare else 0 for d, o in zip(depth, owner)]
+    def _clear(self):
+        """Make all slots idle, and forget the last call's responses."""
+        self.response.fill_(self.idle_response)
+        self.cache.lengths.zero_()
+        self.count.zero_()
+        self.tokens.fill_(-1)  # no id is negative: what is -1 in the end was not sampled
 
-        mask = self.tokens[:N] >= 0  # (N, R) what was sampled
-        prompt_len, response_len = torch.tensor(lengths, device=self.device), mask.sum(1)
-        finished = self.tokens[:N].gather(1, response_len[:, None] - 1)[:, 0] == self.end_of_turn
-        tokens = torch.zeros(N, max(lengths) + R, dtype=torch.long, device=self.device)
-        tokens[:, :max(lengths)] = pad(prompts)[0].to(self.device)
-        tokens.scatter_(1, prompt_len[:, None] + torch.arange(R, device=self.device), self.tokens[:N].clamp(min=0))
-        return Rollouts(tokens, prompt_len, response_len, finished, torch.where(mask, self.logp[:N], 0))
+    def _collect(self, prompts: list[list[int]], N: int) -> Rollouts:
+        """The Rollouts of the N responses, in tensors of their own."""
+        sampled = self.tokens[:N]                                           # (N, R)
+        mask = sampled >= 0                                                 # (N, R)
+        response_len = mask.sum(1)                                          # (N,)
+        last = sampled.gather(1, response_len[:, None] - 1)[:, 0]           # (N,)
+        tokens, prompt_len = pad(prompts)
+        tokens, prompt_len = tokens.to(self.device), prompt_len.to(self.device)  # (N, P), (N,)
+        tokens = F.pad(tokens, (0, sampled.shape[1]))                       # (N, S)
+        at = prompt_len[:, None] + torch.arange(sampled.shape[1], device=self.device)
+        tokens.scatter_(1, at, sampled.clamp(min=0))
+        logp = torch.where(mask, self.logp[:N], 0)
+        return Rollouts(tokens, prompt_len, response_len, last == self.end_of_turn, logp)
 
 
-def _round_up(n: int) -> int:
-    return -(-n // BUCKET) * BUCKET
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: int, temperature=1.0, slots=0) -> Rollouts:
-    """Sample one response to each prompt, once (Sampler.__call__ says how)."""
+def rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: int, temperature=1.0,
+            slots=0) -> Rollouts:
+    """Sample one response to each prompt with a Sampler that is used once."""
     return Sampler(policy, end_of_turn, temperature, slots)(prompts, uniforms)
 
 
-# ------------------------------------------------------------------------------ memory
+def sampling_dtype(policy: GPT) -> torch.dtype:
+    """The dtype of log-probs: float32, or float64 in tests with a float64 policy."""
+    return torch.promote_types(policy.embed.weight.dtype, torch.float32)
 
 
-def _dtype(device) -> torch.dtype:
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+def _round_up(n: int) -> int:
+    return (n + BUCKET - 1) // BUCKET * BUCKET
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+# ---- 4. Memory ---------------------------------------------------------------
 
 
 def memory(cfg: GPTConfig, slots: int, size: int, device="cpu") -> dict[str, int]:
-    """Bytes that sampling takes beside the policy itself, for this many slots of up to `size` tokens."""
-    number = torch.tensor([], dtype=_dtype(device)).element_size()
-    per_token = 2 * cfg.n_layer * cfg.d_model * number  # keys and values
-    matrices = 12 * cfg.n_layer * cfg.d_model**2
-    return dict(cache=slots * size * per_token,
-                logits=4 * slots * cfg.vocab_size * 4,  # logits, log-probs, probabilities and their sums; float32
-                # A prefill batch's own cache, what each token may see (as bool and as float), and the widest point of a
-                # block: x, LN(x), q, k, v, what attention gave, and 4 D twice around the GELU.
-                prefill=max(PREFILL_TOKENS, size) * (per_token + 5 * size + 14 * cfg.d_model * 4),
-                copy=2 * matrices + 4 * (cfg.n_params() - matrices) if number == 2 else 0)
+    """Bytes that sampling takes besides the policy itself, for slots of up to `size` tokens."""
+    on_gpu = torch.device(device).type == "cuda"
+    number_bytes = 2 if on_gpu else 4  # bf16 on a GPU, else float32
+    token_bytes = 2 * cfg.n_layer * cfg.d_model * number_bytes  # keys and values
+    n_matrix_params = 12 * cfg.n_layer * cfg.d_model**2
+    # Prefill needs, for each token: its cache entry; a row of the attention mask, 1 byte as bool
+    # and 4 as float; and at a block's widest point 14 D floats: x, LN(x), q, k, v, the attention's
+    # output, and 4 D twice.
+    prefill_bytes = token_bytes + 5 * size + 14 * cfg.d_model * 4
+    n_logit_copies = 4  # logits, log-probs, probabilities, their sums
+    copy_bytes = 2 * n_matrix_params + 4 * (cfg.n_params() - n_matrix_params)
+    return {
+        "cache": slots * size * token_bytes,
+        "logits": n_logit_copies * slots * cfg.vocab_size * 4,
+        "prefill": max(PREFILL_TOKENS, size) * prefill_bytes,
+        "copy": copy_bytes if on_gpu else 0,
+    }
 
 
 def free_memory(device) -> float:
-    """Bytes that can still be had; infinity where the system does not say."""
+    """Bytes that can still be allocated; infinity where the system does not say."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
-        with open("/proc/meminfo") as f:  # Linux
-            return 1024 * int(f.read().split("MemAvailable:")[1].split()[0])
+        with open("/proc/meminfo") as file:  # Linux
+            return 1024 * int(file.read().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError, ValueError):
         return float("inf")
 
 
 def fitting_slots(cfg: GPTConfig, size: int, device="cpu", budget: float = 0.0) -> int:
-    """The number of slots: a power of two, at most MOST_SLOTS, that `budget` bytes hold (0: half of what is free).
-
-    Raises UserError where not even one fits."""
+    """Return the largest power of two, at most MOST_SLOTS, whose memory fits into `budget` bytes
+    (0: half of what is free). Raises UserError if not even one slot fits."""
     budget = budget or free_memory(device) / 2
     slots = MOST_SLOTS[torch.device(device).type]
     while slots > 1 and sum(memory(cfg, slots, size, device).values()) > budget:
         slots //= 2
     needed = sum(memory(cfg, slots, size, device).values())
     if needed > budget:
-        raise UserError(f"sampling rows of {size} tokens takes {needed / 2**30:.1f} GiB for one slot, and "
-                        f"{budget / 2**30:.1f} GiB are to be had; take a smaller --size or --context")
+        raise UserError(f"sampling rows of {size} tokens takes {needed / 2**30:.1f} GiB for one "
+                        f"slot, and {budget / 2**30:.1f} GiB are available; use a smaller --size "
+                        "or --context")
     return slots

@@ -1,76 +1,92 @@
-"""Stage 3, preference-model pretraining, and stage 4, the preference model: comparisons, and one epoch over them.
+"""Stage 3, preference-model pretraining, and stage 4, the preference model.
 
-    python train_pm.py                       # the toy world: replies sampled from the initial policy, labelled
+    python train_pm.py                       # the toy world
     python train_pm.py --data path/to/hh-rlhf
 
-Human comparisons are dear. Preference-model pretraining (PMP; GL §4, HH App. A.2) first teaches the LM to be a
-preference model on cheap ones: the toy's forum posts with their upvotes, or any file of comparisons (--pmp.data).
+3. Human comparisons are expensive. Preference-model pretraining (PMP; GL §4, HH App. A.2) first
+   teaches the LM to be a preference model on cheap ones: the toy's forum posts with their upvotes,
+   or any file of comparisons (--pmp.data).
+4. The preference model (PM) then reads human comparisons once (HH App. A.2). In the toy world two
+   replies are sampled from the initial policy, and a simulated crowdworker chooses between them.
 
-Runs stages 1 and 2 first where their checkpoints are missing. Leaves pmp.pt and pm.pt in the output folder.
+The command first runs stages 1 and 2 if their results are missing. It writes pmp.pt and pm.pt to
+the output folder. Read it in this order:
+  1. Comparisons   sampled and labeled, or read; encoded as rows of ids
+  2. Training      one epoch of the ranking loss, shared by both stages
+  3. PMP           stage 3
+  4. PM            stage 4
+  5. Commands
+
+Legend:  N comparisons   n some of them, with the indices i (n,)   T longest row
 """
-import time
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import toy
-from data import (HUMAN, Comparison, UserError, batches_by_length, counts_line, encode_comparison, load_comparisons, pad,
-                  write_comparisons)
-from model import GPT, autocast, tokens_at_once
+import toy_corpus
+from data import (HUMAN, Comparison, batches_by_length, counts_line, encode_comparison,
+                  load_comparisons, pad, write_comparisons)
+from model import GPT
+from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_rows
-from ppo import check_finite
 from rollout import rollout
-from run import Metrics, Run, RunConfig, file_hash, load_model, main, restore, save, save_model
-from train_lm import CDConfig, LMConfig, ensure as ensure_lm
+from run import UserError, autocast, check_finite, progress, tokens_at_once
+from train_lm import CDConfig, LMConfig, ensure as ensure_lm, set_lr
 
 
 @dataclass
 class PMPConfig:
-    pairs: int = 3000           # toy: comparisons by upvotes (0: none); GL far more
-    data: str = ""              # real data: comparisons in HH-RLHF's format (without them there is no PMP)
-    binarised: bool = False     # tell good from bad instead of ranking A above B (GL §4.1: transfers better; here worse)
-    lr: float = 5e-4            # constant (§3.1), one epoch (App. A.2). HH: 0.1 x the LM's rate, and here too
+    pairs: int = 3000           # toy: comparisons by upvotes (0: none; GL has far more)
+    data: str = ""              # real data: a file like HH-RLHF's (without one there is no PMP)
+    binarized: bool = False     # GL §4.1's good-or-bad form, not ranking (worse here, see LOG.md)
+    lr: float = 5e-4            # constant (§3.1), one epoch (App. A.2). HH and here: 0.1 x the LM's
     batch: int = 32             # comparisons a step (not stated in HH)
     warmup: int = 10            # steps (not stated in HH)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in HH)
-    token_budget: int = 0       # tokens a forward pass holds (0: model.tokens_at_once); changes memory, not the result
+    token_budget: int = 0       # tokens a forward pass holds; memory and speed (0 picks a default)
 
 
 @dataclass
 class PMConfig:
-    helpful: int = 12000        # toy: comparisons on helpful requests (HH static: 96k), ...
-    harmless: int = 6000        # ... and in red-teaming (HH static: 44k)
+    helpful: int = 12000        # toy: comparisons on helpful prompts (HH static: 96k)
+    harmless: int = 6000        # toy: comparisons on red-team prompts (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
-    noise: float = 1.0          # toy: temperature of the crowdworkers' choices, above 0 (toy.preference)
+    noise: float = 1.0          # toy: temperature of the crowdworkers' choices (toy.preference)
     max_response: int = 32      # toy: tokens of a sampled reply
-    lr: float = 3e-4            # constant (§3.1), one epoch (App. A.2). HH: 0.01 x the LM's rate; here 0.06 x
+    lr: float = 3e-4            # constant (§3.1), one epoch (App. A.2). 0.06 x the LM's (HH 0.01 x)
     batch: int = 16             # comparisons a step (not stated in HH; IG 64 prompts)
     warmup: int = 10            # steps (not stated in HH)
-    harmless_weight: float = 2.0  # lambda of L = L_helpful + lambda L_harmless (§5.1.2; 2 or 3 beat 1 in mean accuracy)
+    harmless_weight: float = 2.0  # lambda in L_helpful + lambda L_harmless (HH 1; others: Fig. 27)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in HH)
-    token_budget: int = 0       # tokens a forward pass holds (0: model.tokens_at_once); changes memory, not the result
+    token_budget: int = 0       # tokens a forward pass holds; memory and speed (0 picks a default)
 
 
-# ------------------------------------------------------------------------------ comparisons
+# ---- 1. Comparisons ----------------------------------------------------------
 
 
-def collect(run: Run, cfg: PMConfig, policy: GPT, kind: str, split: str, n: int) -> list[Comparison]:
+def collect(run: Run, cfg: PMConfig, policy: GPT, kind: str, split: str,
+            n: int) -> list[Comparison]:
     """Sample two replies to each of n toy prompts and let a crowdworker choose (§2.1).
 
-    Pairs that are the same text, or that hold a reply that didn't finish (it has no text form that says so),
-    are dropped and counted."""
+    Pairs with equal, empty or unfinished replies are dropped and counted. As text, an unfinished
+    reply could not be told from a finished one."""
     rng = run.rng("comparisons", kind, split)
-    prompts = [toy.draw_prompt(rng, kind, held_out=split.startswith("test")) for _ in range(n)]
-    twice = [run.tok.encode_dialogue(p) for p in prompts for _ in "ab"]
-    uniforms = torch.rand(2 * n, cfg.max_response, generator=run.torch_rng("comparisons", kind, split))
-    replies = rollout(policy, twice, uniforms, run.tok.end_of_turn)
-    texts = [run.tok.decode(r) for r in replies.responses()]
-    done, counts, kept = replies.finished.tolist(), Counter(read=n), []
+    prompts, ids = [], []
+    for _ in range(n):
+        prompt = toy_corpus.draw_prompt(rng, kind, held_out=split.startswith("test"))
+        prompts.append(prompt)
+        ids += [run.tok.encode_dialogue(prompt)] * 2  # two replies: rows 2 i and 2 i + 1
+    generator = run.torch_rng("comparisons", kind, split)
+    ro = rollout(policy, ids, torch.rand(2 * n, cfg.max_response, generator=generator),
+                 run.tok.end_of_turn)
+    replies = [run.tok.decode(response) for response in ro.responses()]
+    finished = ro.finished.tolist()
+    counts, kept = Counter(read=n), []
     for i, prompt in enumerate(prompts):
-        a, b = texts[2 * i], texts[2 * i + 1]
-        if not (done[2 * i] and done[2 * i + 1]):
+        a, b = replies[2 * i], replies[2 * i + 1]
+        if not (finished[2 * i] and finished[2 * i + 1]):
             counts["unfinished reply"] += 1
         elif not (a.strip() and b.strip()):
             counts["empty reply"] += 1
@@ -83,213 +99,270 @@ def collect(run: Run, cfg: PMConfig, policy: GPT, kind: str, split: str, n: int)
     return kept
 
 
+def sample_missing(run: Run, cfg: PMConfig, split: str):
+    """Write the toy's comparisons of one split in HH-RLHF's format, unless the files exist."""
+    for kind, n_train in (("helpful", cfg.helpful), ("harmless", cfg.harmless)):
+        path = run.path("comparisons") / f"{kind}-base" / f"{split}.jsonl"
+        if n_train == 0 or path.exists():  # 0 of one kind: the PM learns the other kind only
+            continue
+        n = n_train if split == "train" else cfg.test
+        policy = run.load_model("initial.pt")
+        write_comparisons(path, collect(run, cfg, policy, kind, split, n))
+
+
 def comparisons(run: Run, cfg: PMConfig, split: str) -> list[Comparison]:
-    """The comparisons of one split. The toy's are sampled and labelled on first use, and kept as HH-RLHF files."""
-    root = run.path("comparisons") if run.toy else run.data
-    for kind in ("helpful", "harmless") if run.toy else ():
-        path, n = root / f"{kind}-base" / f"{split}.jsonl", getattr(cfg, kind)
-        if n and not path.exists():  # with 0 comparisons of one kind, the PM is of the other kind only
-            policy = load_model(run.path("initial.pt"), GPT, run.model_config(), run.tok, run.device, (run.path("lm.pt"),))
-            write_comparisons(path, collect(run, cfg, policy, kind, split, n if split == "train" else cfg.test))
-    found, counts = load_comparisons(root, split, run.subsets)
-    for subset, counter in counts.items() if not run.toy else ():
-        print(f"    {subset} {split}: {counts_line(counter)}")
+    """The comparisons of one split, "train" or "test"."""
+    if run.toy:
+        sample_missing(run, cfg, split)
+        return load_comparisons(run.path("comparisons"), split)[0]
+    found, counts = load_comparisons(run.data, split, run.subsets)
+    print_counts(counts, split)
     return found
 
 
-def encode(run: Run, found: list[Comparison]) -> tuple[list[Comparison], list[list[int]], list[list[int]]]:
-    """Comparisons that fit the context, and their (chosen, rejected) rows of ids, each with end-of-context."""
-    kept, chosen, rejected = [], [], []
-    for c in tqdm(found, desc="encode", unit=" pairs", leave=False, delay=2):
-        ids = encode_comparison(run.tok, c, run.context)
-        if ids is not None:
-            prompt, a, b = ids
-            kept.append(c)
-            chosen.append(prompt + a + [run.tok.end_of_context])
-            rejected.append(prompt + b + [run.tok.end_of_context])
-    if len(kept) < len(found):
-        print(f"    dropped {len(found) - len(kept)} of {len(found)}: a reply longer than the context of {run.context}")
-    if not kept:
-        raise UserError(f"no comparison fits a context of {run.context} tokens; try a larger --context")
-    return kept, chosen, rejected
+def print_counts(counts: dict[str, Counter], split: str):
+    for subset, counter in counts.items():
+        print(f"    {subset} {split}: {counts_line(counter)}")
 
 
-def binarise(pairs: list[Comparison]) -> list[Comparison]:
-    """A better than B, as two questions with a fixed right answer (GL §4.1): is A "GOOD" rather than "BAD", and B "BAD"
-    rather than "GOOD"? GL: a model that learned only this has less to unlearn when people rank otherwise. The toy's models
-    learn tags instead, and ranking transfers better there (experiments/pmp.py), so it is not the default."""
-    return [Comparison(c.prompt, *(f" {name}:{reply}" for name in names), c.kind)
-            for c in pairs for reply, names in ((c.chosen, ("GOOD", "BAD")), (c.rejected, ("BAD", "GOOD")))]
+@dataclass
+class EncodedPairs:
+    """Encoded comparisons. chosen[j] and rejected[j] are prompt + reply + end-of-context."""
+    comparisons: list[Comparison]
+    chosen: list[list[int]]
+    rejected: list[list[int]]
 
 
-# ------------------------------------------------------------------------------ training
+def encode(run: Run, found: list[Comparison]) -> EncodedPairs:
+    """Encode the comparisons that fit the context. Raises UserError if none does."""
+    pairs = EncodedPairs([], [], [])
+    end = [run.tok.end_of_context]
+    for comparison in progress(found, "encode", "pairs"):
+        encoded = encode_comparison(run.tok, comparison, run.context)
+        if encoded is not None:
+            prompt, chosen, rejected = encoded
+            pairs.comparisons.append(comparison)
+            pairs.chosen.append(prompt + chosen + end)
+            pairs.rejected.append(prompt + rejected + end)
+    n_dropped = len(found) - len(pairs.comparisons)
+    if n_dropped:
+        print(f"    dropped {n_dropped} of {len(found)}: a reply too long for the context of "
+              f"{run.context}")
+    if not pairs.comparisons:
+        raise UserError(f"no comparison fits a context of {run.context} tokens; try a larger "
+                        "--context")
+    return pairs
 
 
-def fit(run: Run, stage: str, cfg, pm: ScalarModel, chosen, rejected, weights, state, parents: str):
-    """One epoch of the ranking loss over comparisons, given as rows of ids (chosen, rejected) and weights (N,).
+def binarize(found: list[Comparison]) -> list[Comparison]:
+    """Turn "A is better than B" into two questions with a fixed right answer (GL §4.1): is A "GOOD"
+    rather than "BAD", and is B "BAD" rather than "GOOD"? GL: a model that learned only this has
+    less to unlearn when people rank otherwise. The toy's models learn the tags instead, and ranking
+    transfers better there (experiments/pmp.py), so this is not the default."""
+    binary = []
+    for c in found:
+        binary.append(Comparison(c.prompt, f" GOOD:{c.chosen}", f" BAD:{c.chosen}", c.kind))
+        binary.append(Comparison(c.prompt, f" BAD:{c.rejected}", f" GOOD:{c.rejected}", c.kind))
+    return binary
 
-    Each is seen once: more overfits (HH App. A.2, IG C.2), and HH reads one epoch as a data-scaling curve (§3.1). The
-    optimizer is not stated in HH; betas are IG's."""
-    device, order = run.device, torch.randperm(len(chosen), generator=run.torch_rng(f"{stage} batches"))
+
+# ---- 2. Training -------------------------------------------------------------
+
+
+def fit(run: Run, stage, cfg, pm: ScalarModel, pairs: EncodedPairs, weights):
+    """Train for one epoch on the ranking loss, with a weight for each comparison, (N,).
+
+    A second epoch would overfit (HH App. A.2, IG C.2), and a single one is also a data-scaling
+    curve (§3.1). The optimizer is not stated in HH; betas are IG's."""
+    order = torch.randperm(len(pairs.chosen), generator=run.torch_rng(f"{stage.name} batches"))
     batches = order.split(cfg.batch)
-    optimizer = torch.optim.AdamW(pm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    first = restore(state, pm, optimizer)
-    print(f"    {len(chosen):,} comparisons, {len(batches)} steps" + (f", from step {first}" if first else ""))
-    metrics = Metrics(run, stage, first)
-    bar = tqdm(range(first, len(batches)), desc=f"train {stage}", unit="step", initial=first, total=len(batches), leave=False)
-    for step in bar:
-        if step % 50 == 0:  # step 0 too: from then on, an older result of this stage is known to be stale
-            save(run.path(f"{stage}_state.pt"), stage=stage, parents=parents, step=step,
-                 model=pm.state_dict(), optimizer=optimizer.state_dict())
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
-        optimizer.zero_grad(set_to_none=True)
-        loss, accuracy = 0.0, 0.0
-        batch = [i for i in batches[step].tolist() if weights[i] > 0]
-        if not batch:
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+    stage.start(pm=pm, optimizer=optimizer)
+    print(f"    {len(pairs.chosen):,} comparisons, {len(batches)} steps" + stage.resumed_note())
+    for step, batch in stage.steps(batches, save_every=50):
+        set_lr(optimizer, cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)))
+        batch = batch[weights[batch] > 0]  # a weight of 0 leaves a comparison out
+        if len(batch) == 0:
             continue
-        longest = [max(len(chosen[i]), len(rejected[i])) for i in batch]
-        for piece in batches_by_length(longest, tokens_at_once(cfg.token_budget, device) // 2):  # two rows a comparison
-            i = [batch[j] for j in piece]
-            ids, lengths = (t.to(device) for t in pad([chosen[j] for j in i] + [rejected[j] for j in i]))
-            with autocast(device):
-                scores = pm.score(ids, lengths)  # (2n,)
-            a, b = scores.chunk(2)
-            part = ranking_loss(a, b, weights[i].to(device)) * (weights[i].sum() / weights[batch].sum()).item()
-            part.backward()
-            loss, accuracy = loss + part.item(), accuracy + (a > b).sum().item() / len(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss, hits = 0.0, 0
+        for i in index_batches(pairs, batch, cfg.token_budget, run.device):
+            chosen, rejected = score_pairs(pm, pairs, i, run.device)  # (n,), (n,)
+            losses = weights[i].to(run.device) * ranking_loss(chosen, rejected)
+            # The divisor is the batch's total weight, so a pair in a batch with many red-team pairs
+            # counts a little less.
+            partial = losses.sum() / weights[batch].sum().item()
+            partial.backward()
+            loss += partial.item()
+            hits += (chosen > rejected).sum().item()
         norm = torch.nn.utils.clip_grad_norm_(pm.parameters(), cfg.max_grad_norm)
-        check_finite(f"{stage.upper()} step {step}", loss=loss, gradient=norm.item())
+        check_finite(f"{stage.name.upper()} step {step}", loss=loss, gradient=norm.item())
         optimizer.step()
-        if step % 10 == 0 or step == len(batches) - 1:
-            metrics.write(step, loss=loss, accuracy=accuracy)
+        stage.log(step, every=10, loss=loss, accuracy=hits / len(batch))
     pm.eval()
-    return metrics, len(batches)
+
+
+def index_batches(pairs: EncodedPairs, batch, token_budget: int, device):
+    """Split a batch's indices into parts that fit one forward pass. A comparison has two rows."""
+    longest = [max(len(pairs.chosen[i]), len(pairs.rejected[i])) for i in batch.tolist()]
+    for part in batches_by_length(longest, tokens_at_once(token_budget, device) // 2):
+        yield batch[part]
+
+
+def score_pairs(pm: ScalarModel, pairs: EncodedPairs, i, device):
+    """Scores of the chosen and of the rejected replies of comparisons i; (n,) each."""
+    rows = [pairs.chosen[j] for j in i.tolist()] + [pairs.rejected[j] for j in i.tolist()]
+    ids, lengths = pad(rows)  # (2 n, T), (2 n,)
+    with autocast(device):
+        scores = pm.score(ids.to(device), lengths.to(device))
+    return scores.chunk(2)
 
 
 def from_lm(run: Run) -> ScalarModel:
     """An untrained preference model: the LM with a new head."""
-    lm = load_model(run.path("lm.pt"), GPT, run.model_config(), run.tok, run.device)
+    lm = run.load_model("lm.pt")
     torch.manual_seed(run.rng("pm head").getrandbits(62))
     pm = run.prepare(ScalarModel(lm).to(run.device))
-    # The LM has never seen the end-of-context token. It stands where the human's next turn would begin, and that
-    # is where an LM expects to read what the human thought of the reply: start it as that turn's marker.
+    # The LM has never seen the end-of-context token. It replaces the marker of the next human turn,
+    # where an LM can already tell what the human thought of the reply, so it starts as a copy.
     with torch.no_grad():
         embed = pm.trunk.embed.weight
         embed[run.tok.end_of_context] = embed[run.tok.encode(HUMAN)].mean(0)
     return pm
 
 
-def pmp_data(path: str, split: str):
-    """As load_comparisons, but a small file may have no row in the test split."""
-    try:
-        return load_comparisons(path, split)
-    except UserError as error:
-        if split == "train":
-            raise
-        print(f"    not measured on held-out comparisons: {error}")
-        return [], {}
+# ---- 3. PMP ------------------------------------------------------------------
 
 
 def pretrain(run: Run, cfg: PMPConfig):
-    """Preference-model pretraining. Leaves pmp.pt, or goes on from pmp_state.pt. Needs lm.pt."""
-    parents = (run.path("lm.pt"),)
-    if run.done("pmp.pt", "pmp", cfg, parents):
+    """Preference-model pretraining. Reads lm.pt, writes pmp.pt."""
+    stage = run.begin("pmp", cfg)
+    if stage is None:
         return
     if run.toy and cfg.data:
         raise UserError("--pmp.data is for real data; the toy world has upvotes of its own")
-    state, start, pm = run.begin("pmp", cfg, parents), time.perf_counter(), from_lm(run)
-    if not (cfg.pairs if run.toy else cfg.data):
-        run.record("pmp", cfg)
-        Metrics(run, "pmp", 0)
-        print("[3] preference-model pretraining: none, " + ("--pmp.pairs is 0" if run.toy else "no --pmp.data is given"))
+    pm = from_lm(run)
+    is_skipped = cfg.pairs == 0 if run.toy else cfg.data == ""
+    if is_skipped:
+        stage.start()
+        reason = "--pmp.pairs is 0" if run.toy else "no --pmp.data is given"
+        print(f"[3] preference-model pretraining: skipped; {reason}")
+        stage.end(**run.checkpoint(pm))
+        return
+    source = "two answers to a forum post, by their upvotes" if run.toy else cfg.data
+    print(f"[3] preference-model pretraining: {source}")
+    train_set, test_set = cheap_comparisons(run, cfg, "train"), cheap_comparisons(run, cfg, "test")
+    pairs = encode(run, train_set)
+    fit(run, stage, cfg, pm, pairs, torch.ones(len(pairs.chosen)))
+    if test_set:
+        test_pairs = encode(run, test_set)
+        result = report(margins(run, cfg, pm, test_pairs), test_pairs.comparisons)
+        print(f"    held-out: {result}")
+        stage.log(stage.n_steps, **vars(result))
+    stage.end(**run.checkpoint(pm))
+
+
+def cheap_comparisons(run: Run, cfg: PMPConfig, split: str) -> list[Comparison]:
+    """Comparisons made without crowdworkers; [] if a small file has no test row."""
+    if run.toy:
+        rng = run.rng("forum", split)
+        n = cfg.pairs if split == "train" else 1000
+        found = [toy_corpus.upvoted(rng, held_out=split == "test") for _ in range(n)]
     else:
-        print(f"[3] preference-model pretraining: {'two answers to a forum post, by their upvotes' if run.toy else cfg.data}")
-        found = {}
-        for split in ("train", "test"):
-            if run.toy:
-                rng = run.rng("forum", split)
-                n = cfg.pairs if split == "train" else 1000
-                found[split] = [toy.upvoted(rng, held_out=split == "test") for _ in range(n)]
-            else:
-                found[split], counts = pmp_data(cfg.data, split)
-                for subset, counter in counts.items():
-                    print(f"    {subset} {split}: {counts_line(counter)}")
-            if cfg.binarised:
-                found[split] = binarise(found[split])
-        pairs, chosen, rejected = encode(run, found["train"])
-        run.record("pmp", cfg)
-        metrics, steps = fit(run, "pmp", cfg, pm, chosen, rejected, torch.ones(len(pairs)), state, file_hash(*parents))
-        if found["test"]:
-            pairs, chosen, rejected = encode(run, found["test"])
-            scores = [score_rows(pm, rows, cfg.token_budget, run.device) for rows in (chosen, rejected)]
-            r = report(scores[0] - scores[1], pairs)
-            print(f"    held-out: {r}")
-            metrics.write(steps, **vars(r))
-    save_model(run.path("pmp.pt"), pm, run.tok, parents)
-    run.end("pmp")
-    print(f"    -> {run.path('pmp.pt')}  ({time.perf_counter() - start:.0f} s)")
+        try:
+            found, counts = load_comparisons(cfg.data, split)
+        except UserError as error:
+            if split == "train":
+                raise
+            print(f"    not measured on held-out comparisons: {error}")
+            return []
+        print_counts(counts, split)
+    return binarize(found) if cfg.binarized else found
 
 
-def pm_parents(run: Run):
-    """What a PM rests on: who wrote the replies, and the weights that its training starts from."""
-    return run.path("initial.pt"), run.path("pmp.pt")
+def margins(run: Run, cfg, pm: ScalarModel, pairs: EncodedPairs):
+    """(N,) score of the chosen reply minus that of the rejected one."""
+    chosen = score_rows(pm, pairs.chosen, cfg.token_budget, run.device)
+    return chosen - score_rows(pm, pairs.rejected, cfg.token_budget, run.device)
+
+
+# ---- 4. PM -------------------------------------------------------------------
 
 
 def train(run: Run, cfg: PMConfig):
-    """Train the PM and leave pm.pt, or go on from pm_state.pt. Needs initial.pt and pmp.pt."""
-    if run.done("pm.pt", "pm", cfg, pm_parents(run)):
+    """Train the PM. Reads initial.pt and pmp.pt, writes pm.pt."""
+    stage = run.begin("pm", cfg)
+    if stage is None:
         return
-    if run.toy and not cfg.helpful + cfg.harmless:
+    if run.toy and cfg.helpful + cfg.harmless == 0:
         raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
-    parents, device, start = pm_parents(run), run.device, time.perf_counter()
-    state = run.begin("pm", cfg, parents)
-    pm = run.prepare(load_model(run.path("pmp.pt"), ScalarModel, run.model_config(), run.tok, device, (run.path("lm.pt"),)))
+    pm = run.prepare(run.load_model("pmp.pt"))
     if run.toy:
-        run.record("pm", cfg)
-        for old in run.path("comparisons").glob("*/*.jsonl") if state is None else ():
-            old.unlink()  # of another policy or other options, or not all of them
-    print(f"[4] preference model: {'replies of the initial policy, labelled by crowdworkers' if run.toy else run.cfg.data}")
-    pairs, chosen, rejected = encode(run, comparisons(run, cfg, "train"))
-    test_pairs, test_chosen, test_rejected = encode(run, comparisons(run, cfg, "test"))
-    run.record("pm", cfg)
-    weights = torch.tensor([cfg.harmless_weight if c.kind == "harmless" else 1.0 for c in pairs])
-    metrics, steps = fit(run, "pm", cfg, pm, chosen, rejected, weights, state, file_hash(*parents))
+        stage.record()  # before the comparisons are sampled: from here on the old PM is stale
+        if stage.state is None:
+            delete_comparisons(run)
+    source = "replies of the initial policy, labeled by crowdworkers" if run.toy else run.cfg.data
+    print(f"[4] preference model: {source}")
+    pairs = encode(run, comparisons(run, cfg, "train"))
+    test_pairs = encode(run, comparisons(run, cfg, "test"))
+    weights = torch.ones(len(pairs.chosen))
+    for j, comparison in enumerate(pairs.comparisons):
+        if comparison.kind == "harmless":  # red-team pairs weigh lambda (§5.1.2)
+            weights[j] = cfg.harmless_weight
+    if not weights.any():
+        raise UserError("--pm.harmless-weight 0 leaves nothing to train on: all comparisons are "
+                        "red-team comparisons")
+    fit(run, stage, cfg, pm, pairs, weights)
 
-    scores = [score_rows(pm, rows, cfg.token_budget, device) for rows in (test_chosen, test_rejected)]
-    margins = scores[0] - scores[1]
+    chosen = score_rows(pm, test_pairs.chosen, cfg.token_budget, run.device)
+    rejected = score_rows(pm, test_pairs.rejected, cfg.token_budget, run.device)
     for kind in ("helpful", "harmless", "all"):
-        i = [j for j, c in enumerate(test_pairs) if kind in (c.kind, "all")]
-        if i:
-            r = report(margins[i], [test_pairs[j] for j in i])
-            print(f"    held-out {kind:8}: {r}")
-            metrics.write(steps, subset=kind, **vars(r))
-    pm.mean += torch.cat(scores).mean().to(device)  # App. B.2: scores are comparable once the mean is taken off
-    save_model(run.path("pm.pt"), pm, run.tok, parents)
-    run.end("pm")
-    print(f"    -> {run.path('pm.pt')}  ({time.perf_counter() - start:.0f} s)")
+        rows, labels = [], []
+        for j, comparison in enumerate(test_pairs.comparisons):
+            if kind == "all" or kind == comparison.kind:
+                rows.append(j)
+                labels.append(comparison)
+        if rows:
+            result = report((chosen - rejected)[rows], labels)
+            print(f"    held-out {kind:8}: {result}")
+            stage.log(stage.n_steps, subset=kind, **vars(result))
+    # App. B.2: subtract the mean on held-out replies, so that scores of different PMs compare.
+    pm.mean += torch.cat([chosen, rejected]).mean().to(run.device)
+    stage.end(**run.checkpoint(pm))
+
+
+def delete_comparisons(run: Run):
+    """Delete all sampled comparisons: they may come from another policy or other options."""
+    for path in run.path("comparisons").glob("*/*.jsonl"):
+        path.unlink()
+
+
+# ---- 5. Commands -------------------------------------------------------------
 
 
 def ensure_pmp(run: Run, lm: LMConfig, cd: CDConfig, pmp: PMPConfig):
+    """Run stages 1 to 3 if their results are missing."""
     ensure_lm(run, lm, cd)
-    if not run.reuse("pmp.pt", "pmp", pmp):
+    if not run.reuse("pmp", pmp):
         pretrain(run, pmp)
 
 
-def ensure(run: Run, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, cfg: PMConfig):
-    """What stage 5 calls: run the stages whose checkpoints are missing, and say so."""
+def ensure(run: Run, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
+    """Run stages 1 to 4 if their results are missing. Stage 5 calls this."""
     ensure_pmp(run, lm, cd, pmp)
-    if not run.reuse("pm.pt", "pm", cfg):
-        train(run, cfg)
+    if not run.reuse("pm", pm):
+        train(run, pm)
 
 
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
-    run = Run(run, exports=False)
-    if run.toy:
-        run.check_room("--pm.max-response", pm.max_response)
-    ensure_pmp(run, lm, cd, pmp)
-    train(run, pm)
+    folder = Run(run)  # `run` holds the options, `folder` is the Run
+    if folder.toy:
+        folder.check_room("--pm.max-response", pm.max_response)
+    ensure_pmp(folder, lm, cd, pmp)
+    train(folder, pm)
 
 
 if __name__ == "__main__":
-    main(command, __doc__.split("\n")[0], run=RunConfig, lm=LMConfig, cd=CDConfig, pmp=PMPConfig, pm=PMConfig)
+    main(command, __doc__.split("\n")[0], run=RunConfig, lm=LMConfig, cd=CDConfig,
+         pmp=PMPConfig, pm=PMConfig)

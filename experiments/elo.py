@@ -1,118 +1,170 @@
-"""Crowdworkers' Elo of context distillation, best-of-n and RLHF (Figs 1 and 36; prompting is ours), and whether PM scores
-foretell it (Eq. 2.1, Fig. 35).
+"""Figs 1 and 36: the Elo by crowdworkers of context distillation, best of n and RLHF.
 
     python experiments/elo.py                # 1 seed; minutes on two CPU cores
     python experiments/elo.py --full         # 3 seeds
 
-Six players answer held-out prompts: the LM, the LM behind the HHH prompt, the initial policy (context-distilled), best
-of 16 of its replies by the PM, RLHF against that PM, and helpful-only RLHF, whose PM and prompts are helpful ones only.
-Crowdworkers choose the more helpful of two replies to a helpful prompt, the less harmful of two to a red-team prompt;
-each gives an Elo of its own, 0 for the initial policy.
+The paper's claim (Fig. 1): crowdworkers prefer RLHF to context distillation; for helpfulness alone
+they prefer helpful-only RLHF, which is less harmless. Six players answer held-out prompts: the LM,
+the LM behind the HHH prompt (ours), the initial policy (context-distilled), the best of 16 of its
+replies by the PM, RLHF against that PM, and helpful-only RLHF, whose PM and prompts are helpful
+ones only. Crowdworkers choose the more helpful of two replies to a helpful prompt and the less
+harmful of two to a red-team prompt; each kind gives an Elo of its own, 0 for the initial policy.
 
-By Eq. 2.1 one unit of PM score is worth 174 Elo. Four numbers stand side by side (after Fig. 35, whose two mean PM
-scores, on held-out prompts and on crowdworkers' dialogues, are one here; the truth is ours): 174 times the mean PM score,
-Elo from the PM's own choices in the same matches, 174 times the mean of the truth that crowdworkers go by, and their Elo.
-The first and third take a mean where the second and fourth count choices. Choices saturate: a reply that is better by 4
-logits wins hardly more often than one that is better by 2.
+By Eq. 2.1 one unit of PM score is worth 174 Elo. Does it foretell the crowdworkers' Elo? Four
+numbers stand side by side:
+  mean_pm      174 times the mean PM score
+  pm_choices   Elo from the PM's win probabilities, sigmoids averaged over all pairs of players on
+               all prompts. Fig. 35 takes the PM's discrete choices on the crowdworkers' own
+               dialogues; our crowdworkers judge pairs that are drawn by lot
+  mean_truth   174 times the mean of the utility by which crowdworkers choose (ours)
+  crowd        Elo by the crowdworkers, with its error
+The first and third are means of scores; the others come from choices, which saturate: a reply
+better by 4 logits wins hardly more often than one better by 2. HH (App. B.4) find no significant
+difference between scores and rankings.
+The verdict's threshold is 2 standard errors of a difference in Elo: RLHF above the initial policy
+on both kinds of prompts, helpful-only RLHF below RLHF on red-team prompts, and, on helpful prompts,
+RLHF not above helpful-only RLHF. The last is passed, too, if no difference is detected.
 """
 import dataclasses
 
+import lab
+import output
 import torch
 
-import lab
 import toy
-from pm import ELO, elo_error, fit_elo, line_fit, score_rows
+import toy_corpus
+from measures import ELO, elo_error, fit_elo, line_fit
+from pm import score_rows
 from train_rl import RLConfig
 
-KINDS = ("helpful", "harmless")
 BASE, BEST, RLHF, HELPFUL = "context-distilled", "best of 16", "RLHF", "helpful-only RLHF"
 
 
-def pm_score(run, pm, prompts, replies):
-    rows = [run.tok.encode_dialogue(p) + run.tok.encode_reply(r) for p, r in zip(prompts, replies)]
-    return score_rows(pm, [row + [run.tok.end_of_context] for row in rows], device=run.device)
+def pm_score(run, pm, prompts: list[str], replies: list[str]):
+    rows = []
+    for prompt, reply in zip(prompts, replies):
+        ids = run.tok.encode_dialogue(prompt) + run.tok.encode_reply(reply)
+        rows.append(ids + [run.tok.end_of_context])
+    return score_rows(pm, rows, device=run.device)
 
 
 def pm_elo(scores):
-    """Elo from the PM's choices, scores (players, prompts); every pair of players meets on every prompt."""
+    """Elo from the PM's win probabilities, averaged over prompts; scores (players, prompts)."""
     return fit_elo(torch.sigmoid(scores[:, None] - scores[None]).mean(-1))[0]
 
 
-def one_seed(run, n, matches, cfg):
-    """-> a row for each kind of prompt and player; {kind: covariance of Elo}."""
-    lm, initial = lab.load(run, "lm.pt"), lab.load(run)
-    helpful, harmless = lab.comparisons(run, n), lab.comparisons(run, n // 2, "harmless")
-    test = [c for kind in KINDS for c in lab.comparisons(run, 300, kind, "test")]
-    pm, helpful_pm = (lab.centre(run, lab.train_pm_on(run, pairs), test) for pairs in (helpful + harmless, helpful))
+def train_players(run, n: int, cfg):
+    """-> the PM, the RLHF policy, the helpful-only RLHF policy."""
+    initial, helpful = lab.load(run), lab.comparisons(run, n)
+    harmless = lab.comparisons(run, n // 2, "harmless")
+    test = lab.comparisons(run, 300, "helpful", "test")
+    test += lab.comparisons(run, 300, "harmless", "test")
+    pm = lab.center(run, lab.train_pm_on(run, helpful + harmless), test)
+    helpful_pm = lab.center(run, lab.train_pm_on(run, helpful), test)
     rlhf, _ = lab.ppo(run, pm, cfg, initial)
-    helpful_only, _ = lab.ppo(run, helpful_pm, dataclasses.replace(cfg, harmless_share=0.0), initial)
+    helpful_cfg = dataclasses.replace(cfg, harmless_share=0.0)
+    helpful_only, _ = lab.ppo(run, helpful_pm, helpful_cfg, initial)
+    return pm, rlhf.policy, helpful_only.policy
 
-    rows, covariance = [], {}
-    for kind in KINDS:
-        rng = run.rng("matches", kind)
-        prompts = [toy.draw_prompt(rng, kind, True) for _ in range(matches)]
-        replies = {  # each player with random numbers of its own
-            BASE: lab.sample(run, initial, prompts, "initial"), "LM": lab.sample(run, lm, prompts, "LM"),
-            "LM, prompted": lab.sample(run, lm, prompts, "prompted", header=toy.HHH_PROMPT),
-            BEST: lab.best_of(run, initial, pm, prompts), RLHF: lab.sample(run, rlhf.policy, prompts, "RLHF"),
-            HELPFUL: lab.sample(run, helpful_only.policy, prompts, "helpful-only")}
-        elo, covariance[kind] = lab.crowd_elo(run, prompts, kind, replies)
-        score = torch.stack([pm_score(run, pm, prompts, r) for r in replies.values()])  # (players, prompts)
-        truth = torch.tensor([[toy.truth(p, r, kind) for p, r in zip(prompts, rs)] for rs in replies.values()])
-        mean_pm, mean_truth = (ELO * (x.mean(1) - x.mean(1)[0]) for x in (score, truth))
-        choices = pm_elo(score)
-        rows += [dict(seed=run.seed, kind=kind, player=who, mean_pm=mean_pm[i].item(), pm_choices=choices[i].item(),
-                      mean_truth=mean_truth[i].item(), crowd=elo[who], error=elo_error(covariance[kind], 0, i))
-                 for i, who in enumerate(replies)]
+
+def play(run, kind: str, n: int, pm, rlhf, helpful_only) -> tuple[list[dict], torch.Tensor]:
+    """All players on n prompts -> a row for each player, and the covariance of the Elo."""
+    lm, initial, rng = lab.load(run, "lm.pt"), lab.load(run), run.rng("matches", kind)
+    prompts = [toy_corpus.draw_prompt(rng, kind, held_out=True) for _ in range(n)]
+    replies = {  # each player has random numbers of its own
+        BASE: lab.sample(run, initial, prompts, "initial"),
+        "LM": lab.sample(run, lm, prompts, "LM"),
+        "LM, prompted": lab.sample(run, lm, prompts, "prompted", toy_corpus.HHH_HEADER),
+        BEST: lab.best_of(run, initial, pm, prompts),
+        RLHF: lab.sample(run, rlhf, prompts, "RLHF"),
+        HELPFUL: lab.sample(run, helpful_only, prompts, "helpful-only")}
+    elo, covariance = lab.crowd_elo(run, prompts, kind, replies)
+    scores, truths = [], []
+    for texts in replies.values():
+        scores.append(pm_score(run, pm, prompts, texts))
+        truths.append(torch.tensor([toy.truth(p, r, kind) for p, r in zip(prompts, texts)]))
+    scores, truths = torch.stack(scores), torch.stack(truths)  # (players, prompts) each
+    mean_pm = ELO * (scores.mean(1) - scores.mean(1)[0])       # (players,)
+    mean_truth = ELO * (truths.mean(1) - truths.mean(1)[0])    # (players,)
+    pm_choices, rows = pm_elo(scores), []
+    for i, player in enumerate(replies):
+        rows.append({"seed": run.seed, "kind": kind, "player": player, "mean_pm": mean_pm[i].item(),
+                     "pm_choices": pm_choices[i].item(), "mean_truth": mean_truth[i].item(),
+                     "crowd": elo[player], "error": elo_error(covariance, 0, i)})
     return rows, covariance
 
 
+def lead(rows: list[dict], covariance, a: str, b: str) -> float:
+    """By how many standard errors player a's Elo is above player b's, on one kind of prompts."""
+    players, elo = output.column(rows, "player"), output.column(rows, "crowd")
+    i, j = players.index(a), players.index(b)
+    return (elo[i] - elo[j]) / elo_error(covariance, i, j)
+
+
+def draw(plt, rows):
+    for kind, style, label in (("helpful", "o", "helpful prompts"),
+                               ("harmless", "s", "red-team prompts")):
+        mine = output.select(rows, kind=kind)
+        x = [row["mean_pm"] / ELO for row in mine]
+        plt.errorbar(x, output.column(mine, "crowd"), output.column(mine, "error"), fmt=style,
+                     capsize=3, label=label)
+        for row in output.select(mine, seed=rows[0]["seed"]):
+            plt.annotate(row["player"], (row["mean_pm"] / ELO, row["crowd"]), fontsize=7,
+                         xytext=(4, -3), textcoords="offset points")
+    mean_pm = output.column(rows, "mean_pm")
+    ends = [min(mean_pm), max(mean_pm)]
+    plt.plot([ends[0] / ELO, ends[1] / ELO], ends, "k:", label="Eq. 2.1: 174 a logit")
+    plt.xlabel("mean PM score, less the initial policy's (logits)")
+    plt.ylabel("Elo by crowdworkers")
+    plt.legend()
+
+
+def verdict(leads: list[dict]) -> tuple[str, str]:
+    """leads: for each seed, by how many standard errors RLHF's Elo is above that of the initial
+    policy and of helpful-only RLHF, on each kind of prompts (see `experiment`)."""
+    failed = []
+    for lead_of in leads:
+        conditions = {
+            "RLHF above the initial policy on helpful prompts": lead_of["initial, helpful"] > 2,
+            "RLHF above the initial policy on red-team prompts": lead_of["initial, red-team"] > 2,
+            "helpful-only no worse than RLHF on helpful prompts": lead_of["only, helpful"] < 2,
+            "helpful-only below RLHF on red-team prompts": lead_of["only, red-team"] > 2}
+        for words, holds in conditions.items():
+            if not holds:
+                failed.append(f"{words} (seed {lead_of['seed']})")
+    claim = ("Fig. 1, RLHF above the initial policy, helpful-only RLHF at least as helpful and "
+             "less harmless (threshold: 2 standard errors of the difference)")
+    if failed:
+        return "DOES NOT HOLD", (f"DOES NOT HOLD as stated: {claim}; it fails at: "
+                                 f"{'; '.join(failed)}.")
+    return "HOLDS", f"HOLDS: {claim}, in each of n = {len(leads)} seeds."
+
+
 def experiment(args):
-    n, matches, cfg = 6000, 800, RLConfig(iterations=60, eval_every=60)
-    seeds = range(args.seed, args.seed + (3 if args.full else 1))
+    n, n_matches, n_seeds = 6000, 800, 3 if args.full else 1
+    cfg = RLConfig(iterations=60, eval_every=60)
     if args.tiny:
-        n, matches, cfg = 100, 60, RLConfig(iterations=2, eval_every=2, eval_prompts=16, batch=16, minibatch=8)
-    base, rows, failed = lab.base("toy", 0, 300 if args.tiny else 0), [], []
-    for seed in seeds:
-        mine, covariance = one_seed(lab.replica(base, seed), n, matches, cfg)
-        rows += mine
-        players = [r["player"] for r in mine if r["kind"] == "helpful"]
-        elo = {(r["kind"], r["player"]): r["crowd"] for r in mine}
-
-        def ahead(kind, a, b):
-            """By how many standard errors a's Elo is above b's."""
-            error = elo_error(covariance[kind], players.index(a), players.index(b))
-            return (elo[kind, a] - elo[kind, b]) / error
-        failed += [f"{text} (seed {seed})" for text, right in (
-            ("RLHF above the initial policy on helpful prompts", ahead("helpful", RLHF, BASE) > 2),
-            ("RLHF above the initial policy on red-team prompts", ahead("harmless", RLHF, BASE) > 2),
-            ("helpful-only no worse than RLHF on helpful prompts", ahead("helpful", RLHF, HELPFUL) < 2),
-            ("helpful-only below RLHF on red-team prompts", ahead("harmless", RLHF, HELPFUL) > 2)) if not right]
-    lab.table(rows)
-    fit = {x: line_fit([r[x] / ELO for r in rows], [r["crowd"] for r in rows]) for x in ("mean_pm", "mean_truth")}
-    for x, (slope, _, r2) in fit.items():
-        print(f"    crowd Elo against {x} in logits: {slope:.0f} Elo a logit (Eq. 2.1: {ELO:.0f}), R^2 {r2:.2f}, "
-              f"{len(rows)} points")
-
-    def draw(plt):
-        for kind, style in (("helpful", "o"), ("harmless", "s")):
-            mine = [r for r in rows if r["kind"] == kind]
-            plt.errorbar([r["mean_pm"] / ELO for r in mine], [r["crowd"] for r in mine], [r["error"] for r in mine],
-                         fmt=style, capsize=3, label=f"{'helpful' if kind == 'helpful' else 'red-team'} prompts")
-            for r in mine if rows[0]["seed"] == mine[0]["seed"] else ():
-                plt.annotate(r["player"], (r["mean_pm"] / ELO, r["crowd"]), fontsize=7, xytext=(4, -3),
-                             textcoords="offset points")
-        ends = [min(r["mean_pm"] for r in rows) / ELO, max(r["mean_pm"] for r in rows) / ELO]
-        plt.plot(ends, [ELO * x for x in ends], "k:", label="Eq. 2.1: 174 a logit")
-        plt.xlabel("mean PM score, less the initial policy's (logits)")
-        plt.ylabel("Elo by crowdworkers")
-        plt.legend()
-
-    lab.finish("elo", args, rows, draw, (
-        ("HOLDS" if not failed else "DOES NOT HOLD as stated") + ": Fig. 1, RLHF above the initial policy, helpful-only "
-        "RLHF at least as helpful and less harmless (threshold: 2 standard errors of the difference)"
-        + (f"; it fails at: {'; '.join(failed)}." if failed else f", in each of n = {len(seeds)} seeds.")))
+        n, n_matches = 60, 40
+        cfg = RLConfig(iterations=2, eval_every=2, eval_prompts=16, batch=16, minibatch=8)
+    base, rows, leads = lab.base("toy", 0, args.tiny), [], []
+    for seed in range(args.seed, args.seed + n_seeds):
+        run, above = lab.replica(base, seed), {"seed": seed}
+        players = train_players(run, n, cfg)
+        for kind, name in (("helpful", "helpful"), ("harmless", "red-team")):
+            mine, covariance = play(run, kind, n_matches, *players)
+            rows += mine
+            above[f"initial, {name}"] = lead(mine, covariance, RLHF, BASE)
+            above[f"only, {name}"] = lead(mine, covariance, RLHF, HELPFUL)
+        leads.append(above)
+    output.table(rows)
+    crowd = output.column(rows, "crowd")
+    for name in ("mean_pm", "mean_truth"):
+        slope, _, r2 = line_fit([row[name] / ELO for row in rows], crowd)
+        print(f"    crowd Elo against {name} in logits: {slope:.0f} Elo a logit (Eq. 2.1: "
+              f"{ELO:.0f}), R^2 {r2:.2f}, {len(rows)} points")
+    _, sentence = verdict(leads)
+    output.finish("elo", args, rows, lambda plt: draw(plt, rows), sentence)
 
 
 if __name__ == "__main__":
-    lab.main(experiment, __doc__)
+    output.main(experiment, __doc__)

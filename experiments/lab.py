@@ -1,18 +1,20 @@
-"""What the experiments share: models of several sizes, comparisons, PMs and PPO runs in memory, and the output.
+"""What the experiments share: models, comparisons, preference models and PPO runs in memory.
 
-Language models and initial policies take minutes to train, so they are made once and kept in out/experiments/<size>-<seed>;
-the first script that needs one trains it. All else is made anew each time from a script's seed.
+Language models and initial policies take minutes to train. So the first script that needs one
+trains it and keeps it in out/experiments; everything else is made anew from a script's seed.
+
+Read it in this order:
+  1. Models                 language models and initial policies of three sizes, kept on disk
+  2. Comparisons and PMs    draw comparisons, train a preference model (PM) on them, score them
+  3. Policies               replies, rejection sampling, judging, crowdworkers' Elo, PPO
+
+Legend:  N comparisons
 """
-import argparse
 import contextlib
 import copy
-import csv
-import dataclasses
 import io
-import math
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,120 +24,188 @@ import model
 import toy
 import train_lm
 import train_pm
-from data import UserError
+from data import Comparison
+from evaluate import PromptBatch, Prompts, evaluate
+from measures import fit_elo
 from model import GPT, GPTConfig
-from pm import ScalarModel, fit_elo, score_rows
-from ppo import TrainingError, pm_scores
+from pipeline import Run, RunConfig
+from pm import ScalarModel, score_rows
+from ppo import pm_scores
 from rollout import rollout
-from run import Run, RunConfig, load_model
+from stage import Stage
 from train_lm import CDConfig, LMConfig
 from train_pm import PMConfig
-from train_rl import Learner, Prompts, RLConfig, evaluate
+from train_rl import Learner, RLConfig
 
-# Width 128 is the toy of the main job. The paper's sizes span a factor of 4,000 in parameters, these of 4.
-SIZES = {"small": GPTConfig(2, 4, 64, context=192), "medium": GPTConfig(2, 4, 96, context=192), "toy": model.SIZES["toy"]}
-model.SIZES.update(SIZES)
-OUT, PICTURES = Path("out/experiments"), Path(__file__).parent / "pictures"
+OUT = Path("out/experiments")
+KINDS = ("helpful", "harmless")
+RED_TEAM_SHARE = 1 / 3  # of the prompts on which policies are measured
+
+# ---- 1. Models ---------------------------------------------------------------
+
+# "toy" is the size of the main job. HH's sizes differ by a factor of 4,000 in parameters; these
+# differ by a factor of 4, if embeddings are not counted.
+model.SIZES["small"] = GPTConfig(2, 4, 64, context=192)
+model.SIZES["medium"] = GPTConfig(2, 4, 96, context=192)
+# For --tiny: small enough for all scripts to run in seconds, and just able to end a reply.
+model.SIZES["tiny-small"] = GPTConfig(1, 1, 16, context=192)
+model.SIZES["tiny-toy"] = GPTConfig(2, 2, 32, context=192)
+TINY_LM = LMConfig(documents=1000, vocab=600, warmup=5, lr=2e-2)
+TINY_CD = CDConfig(documents=64)
 
 
-# ------------------------------------------------------------------------------ models
-
-
-def base(size: str = "toy", seed: int = 0, documents: int = 0) -> Run:
-    """The folder of an LM and an initial policy; trains them where they are missing. `documents` other than 0 makes a
-    short-lived LM of fewer documents (the tests' tiny setting), in a folder of its own."""
-    out = OUT / (f"{size}-{seed}" + (f"-{documents}" if documents else ""))
-    run = Run(RunConfig(size=size, seed=seed, out=str(out)))
-    lm, cd = LMConfig(), CDConfig()  # as in the main job
-    if documents:
-        lm, cd = dataclasses.replace(lm, documents=documents), dataclasses.replace(cd, documents=documents // 10)
-    missing = not (run.has("lm.pt") and run.has("initial.pt"))
-    with contextlib.nullcontext() if missing else contextlib.redirect_stdout(io.StringIO()):
+def base(size: str = "toy", seed: int = 0, tiny: bool = False) -> Run:
+    """The folder of an LM and an initial policy, which are trained if they are missing. With
+    `tiny`, they are much smaller, and so is their corpus."""
+    lm, cd = (TINY_LM, TINY_CD) if tiny else (LMConfig(), CDConfig())  # or as in the main job
+    name = f"tiny-{size}" if tiny else size
+    run = Run(RunConfig(size=name, seed=seed, out=str(OUT / f"{name}-{seed}")))
+    if run.has("lm.pt") and run.has("initial.pt"):
+        with silence():
+            train_lm.ensure(run, lm, cd)
+    else:
         train_lm.ensure(run, lm, cd)
     return run
 
 
+def bases(sizes: list[str], seed: int, tiny: bool) -> dict[str, Run]:
+    """One folder for each size. A PM of one size can score replies of another, because models of
+    one seed read the same corpus and so have the same tokenizer."""
+    runs = {size: base(size, seed, tiny) for size in sizes}
+    fingerprints = {run.tok.fingerprint for run in runs.values()}
+    assert len(fingerprints) == 1, "models that share a PM need the same token ids"
+    return runs
+
+
+def silence():
+    """Drop what is printed inside a `with` block."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def replica(run: Run, seed: int) -> Run:
-    """The same models with other randomness in all that follows."""
+    """The same models, with other random numbers in all that follows."""
     other = copy.copy(run)
     other.seed = seed
     return other
 
 
 def load(run: Run, name: str = "initial.pt") -> GPT:
-    return load_model(run.path(name), GPT, run.model_config(), run.tok, run.device)
+    return run.load_model(name)
 
 
-def comparisons(run: Run, n: int, kind: str = "helpful", name="train", policy: GPT | None = None, noise: float = 1.0):
-    """About n labelled comparisons (fewer: identical and unfinished pairs are dropped) of a policy's replies, by default
-    of the initial policy. `name` seeds the draw; "test" and names that begin with "test" use held-out prompts."""
-    found = []
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = train_pm.collect(run, PMConfig(noise=noise), policy or load(run), kind, name, n)
-    return found
+# ---- 2. Comparisons and PMs --------------------------------------------------
 
 
-def train_pm_on(run: Run, pairs, weight: float = 1.0, cfg=None, start: ScalarModel | None = None) -> ScalarModel:
-    """A PM trained on comparisons, one epoch, as train_pm.py does; scores not yet centred. It starts from the run's LM
-    (no PMP), or from a copy of `start`."""
-    cfg, pm = cfg or PMConfig(), run.prepare(copy.deepcopy(start)) if start else train_pm.from_lm(run)
-    kept, chosen, rejected = train_pm.encode(run, pairs)
-    weights, scratch = torch.tensor([weight if c.kind == "harmless" else 1.0 for c in kept]), copy.copy(run)
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-        scratch.out = Path(folder)  # for state and metrics, which nobody reads: scripts may run side by side
-        train_pm.fit(scratch, "pm", cfg, pm, chosen, rejected, weights, None, "")
+def comparisons(run: Run, n: int, kind: str = "helpful", name: str = "train",
+                policy: GPT | None = None, noise: float = 1.0) -> list[Comparison]:
+    """About n labeled comparisons of a policy's replies, by default the initial policy's. Fewer
+    than n, because identical and unfinished pairs are dropped (train_pm.collect).
+
+    name: seeds the draw; names that begin with "test" use held-out prompts.
+    noise: temperature of the crowdworkers' choices."""
+    with silence():
+        return train_pm.collect(run, PMConfig(noise=noise), policy or load(run), kind, name, n)
+
+
+def train_pm_on(run: Run, pairs: list[Comparison], weight: float = 1.0, cfg=None,
+                start: ScalarModel | None = None) -> ScalarModel:
+    """A PM trained for one epoch on comparisons, as train_pm.py does. Its mean is not subtracted.
+
+    It starts from the run's LM, without PMP, or from a copy of `start`. weight: lambda of §5.1.2,
+    which multiplies the loss of harmless comparisons. cfg: PMConfig (the default) or PMPConfig."""
+    pm = run.prepare(copy.deepcopy(start)) if start else train_pm.from_lm(run)
+    cfg = cfg or PMConfig()
+    encoded = train_pm.encode(run, pairs)
+    weights = torch.ones(len(encoded.chosen))  # (N,)
+    for i, comparison in enumerate(encoded.comparisons):
+        if comparison.kind == "harmless":
+            weights[i] = weight
+    # Nobody reads the state and the metrics. A folder of its own lets scripts run side by side.
+    with silence(), tempfile.TemporaryDirectory() as name:
+        folder = copy.copy(run)
+        folder.out, folder.resume = Path(name), False
+        stage = Stage(folder, "pm", cfg, folder.path("pm.pt"), parents=[])
+        train_pm.fit(run, stage, cfg, pm, encoded, weights)
     return pm.requires_grad_(False)
 
 
 def scores(run: Run, pm: ScalarModel, pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,), (N,) scores of the chosen and of the rejected replies."""
-    _, chosen, rejected = train_pm.encode(run, pairs)
-    return score_rows(pm, chosen, device=run.device), score_rows(pm, rejected, device=run.device)
+    """Scores of the chosen and of the rejected replies, (N,) each, in logits."""
+    encoded = train_pm.encode(run, pairs)
+    chosen = score_rows(pm, encoded.chosen, device=run.device)
+    return chosen, score_rows(pm, encoded.rejected, device=run.device)
 
 
-def centre(run: Run, pm: ScalarModel, pairs) -> ScalarModel:
-    """Take the mean score of some held-out comparisons off (App. B.2), so that scores of several PMs compare."""
+def center(run: Run, pm: ScalarModel, pairs) -> ScalarModel:
+    """Subtract the mean score of held-out comparisons from now on (App. B.2). Without it, scores of
+    different PMs cannot be compared."""
     pm.mean += torch.cat(scores(run, pm, pairs)).mean().to(run.device)
     return pm
 
 
-# ------------------------------------------------------------------------------ policies
+# ---- 3. Policies -------------------------------------------------------------
 
 
-def sample(run: Run, policy: GPT, prompts: list[str], name="sample", max_response: int = 32, header: str = "") -> list[str]:
-    """One reply to each prompt."""
-    uniforms = torch.rand(len(prompts), max_response, generator=run.torch_rng("lab", name))
-    ro = rollout(policy, [run.tok.encode_dialogue(header + p) for p in prompts], uniforms, run.tok.end_of_turn)
-    return [run.tok.decode(r) for r in ro.responses()]
+def held_out_prompts(run: Run, n: int, name: str) -> PromptBatch:
+    """n held-out prompts, about a third of them red-teaming. `name` seeds the choice."""
+    prompts = Prompts(run, RLConfig().max_response, RED_TEAM_SHARE)
+    return prompts.draw(n, name, held_out=True)
 
 
-def best_of(run: Run, policy: GPT, pm: ScalarModel, prompts: list[str], n: int = 16, name="best of") -> list[str]:
-    """Rejection sampling: to each prompt, of n replies, the one that the PM scores highest (App. B.6)."""
-    cfg, rows = RLConfig(), [ids for p in prompts for ids in [run.tok.encode_dialogue(p)] * n]
-    uniforms = torch.rand(len(rows), cfg.max_response, generator=run.torch_rng("lab", name))
-    ro = rollout(policy, rows, uniforms, run.tok.end_of_turn)
-    best = pm_scores(pm, ro, run.tok.end_of_context, cfg).view(-1, n).argmax(1)
-    replies = ro.responses()
-    return [run.tok.decode(replies[i * n + j]) for i, j in enumerate(best.tolist())]
+def respond(run: Run, policy: GPT, ids: list[list[int]], name: str, max_response: int = 32):
+    """Rollouts of one response to each prompt (ids). `name` seeds the random numbers."""
+    uniforms = torch.rand(len(ids), max_response, generator=run.torch_rng("lab", name))
+    return rollout(policy, ids, uniforms, run.tok.end_of_turn)
 
 
-def judge(run: Run, policy: GPT, pms: list[ScalarModel], prompts, replies: int = 1, name="judge") -> torch.Tensor:
-    """What each PM and then the ground truth say of some replies to each prompt -> (len(pms) + 1, prompts, replies).
-    `prompts` as Prompts.draw gives them. The same random numbers each time, so that policies can be compared in pairs."""
-    (texts, kinds, ids), cfg = prompts, RLConfig()
-    uniforms = torch.rand(len(ids) * replies, cfg.max_response, generator=run.torch_rng("lab", name))
-    ro = rollout(policy, [i for i in ids for _ in range(replies)], uniforms, run.tok.end_of_turn)
-    truth = [toy.truth(texts[i // replies], run.tok.decode(r), kinds[i // replies]) for i, r in enumerate(ro.responses())]
-    found = [pm_scores(pm, ro, run.tok.end_of_context, cfg).cpu() for pm in pms] + [torch.tensor(truth)]
-    return torch.stack(found).view(len(found), len(ids), replies)
+def sample(run: Run, policy: GPT, prompts: list[str], name: str = "sample",
+           header: str = "") -> list[str]:
+    """One reply to each prompt (text), which the policy reads behind `header`."""
+    ids = [run.tok.encode_dialogue(header + prompt) for prompt in prompts]
+    responses = respond(run, policy, ids, name).responses()
+    return [run.tok.decode(response) for response in responses]
 
 
-def crowd_elo(run: Run, prompts: list[str], kind: str, replies: dict[str, list[str]], name="crowd"):
-    """Elo by crowdworkers (Eq. B.1) -> {player: Elo less that of the first}, and the covariance, for pm.elo_error.
+def best_of(run: Run, policy: GPT, pm: ScalarModel, prompts: list[str], n: int = 16,
+            name: str = "best of") -> list[str]:
+    """Rejection sampling: of n replies to each prompt, the one that the PM scores highest (App.
+    B.6)."""
+    ids = []
+    for prompt in prompts:
+        ids += [run.tok.encode_dialogue(prompt)] * n
+    ro = respond(run, policy, ids, name)
+    scored = pm_scores(pm, ro, run.tok.end_of_context, RLConfig()).view(-1, n)  # (prompts, n)
+    responses, best = ro.responses(), []
+    for i, j in enumerate(scored.argmax(1).tolist()):
+        best.append(run.tok.decode(responses[i * n + j]))
+    return best
 
-    replies: of each player, one to each prompt. On each prompt the players are paired off by lot. So a reply is judged
-    once, and choices are independent of each other, as the errors take them to be."""
-    rng, players = run.rng("lab", name, kind), list(replies)
+
+def judge(run: Run, policy: GPT, pms: list[ScalarModel], prompts: PromptBatch, replies: int = 1):
+    """What each PM, and then the ground truth, says of `replies` replies to each prompt
+    -> (len(pms) + 1, prompts, replies).
+
+    The random numbers are the same in each call, so two policies can be compared reply by reply."""
+    ids = []
+    for prompt in prompts.ids:
+        ids += [prompt] * replies
+    ro = respond(run, policy, ids, "judge")
+    truth = []
+    for i, response in enumerate(ro.responses()):
+        text, kind = prompts.texts[i // replies], prompts.kinds[i // replies]
+        truth.append(toy.truth(text, run.tok.decode(response), kind))
+    found = [pm_scores(pm, ro, run.tok.end_of_context, RLConfig()).cpu() for pm in pms]
+    found.append(torch.tensor(truth))
+    return torch.stack(found).view(len(found), len(prompts.ids), replies)
+
+
+def crowd_elo(run: Run, prompts: list[str], kind: str, replies: dict[str, list[str]]):
+    """Elo by crowdworkers (Eq. B.1) -> {player: Elo, 0 for the first}, covariance for
+    measures.elo_error. replies: {player: its reply to each prompt}.
+
+    On each prompt the players are paired by lot, so each reply is judged once at most. The choices
+    are then independent of each other, as the errors take them to be."""
+    rng, players = run.rng("lab", "crowd", kind), list(replies)
     wins = torch.zeros(len(players), len(players))
     for k, prompt in enumerate(prompts):
         order = rng.sample(range(len(players)), len(players))
@@ -147,86 +217,28 @@ def crowd_elo(run: Run, prompts: list[str], kind: str, replies: dict[str, list[s
     return dict(zip(players, elo.tolist())), covariance
 
 
-def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None, watch=None) -> tuple[Learner, list[dict]]:
-    """PPO against a PM, from the initial policy, without files. Every cfg.eval_every iterations, and before the first and
-    after the last, the policy is measured on held-out prompts; `watch(learner, numbers)` may add to the numbers.
-    -> the learner and one dict of numbers for each measurement (train_rl.evaluate names them; and "iteration",
-    "score" and "truth", of both kinds of prompts together)."""
+def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None,
+        watch=None) -> tuple[Learner, list[dict]]:
+    """PPO against a PM, from the initial policy, without files -> the learner, and the numbers of
+    each measurement.
+
+    The policy is measured on held-out prompts before the first iteration, every cfg.eval_every
+    iterations and after the last. The numbers are those of evaluate.evaluate, with "iteration" and,
+    over all prompts, "score" and "truth". `watch(learner)` is called after each measurement."""
     reference = reference or load(run)
-    learner, source, path = Learner(run, cfg, reference, pm), Prompts(run, cfg), []
-    held_out = source.draw(cfg.eval_prompts * 3 // 2, True, "held out", share=1 / 3)
+    learner = Learner(run, cfg, reference, pm)
+    prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
+    held_out = prompts.held_out(cfg.eval_prompts)
+    path = []
     for iteration in range(cfg.iterations + 1):
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
             numbers, _ = evaluate(run, cfg, learner.policy, reference, pm, held_out)
-            both = {name: (2 * numbers[a] + numbers[b]) / 3 for name, a, b in (  # a third of the prompts are red-teaming
-                ("score", "score_helpful", "score_harmless"), ("truth", "helpfulness", "harmlessness"))}
-            path.append(numbers | both | dict(iteration=iteration))
+            numbers["score"] = (2 * numbers["score_helpful"] + numbers["score_harmless"]) / 3
+            numbers["truth"] = (2 * numbers["helpfulness"] + numbers["harmlessness"]) / 3
+            numbers["iteration"] = iteration
+            path.append(numbers)
             if watch:
-                watch(learner, path[-1])
+                watch(learner)
         if iteration < cfg.iterations:
-            learner.iterate(source, iteration)
+            learner.iterate(prompts, iteration)
     return learner, path
-
-
-# ------------------------------------------------------------------------------ output
-
-
-def mean_se(xs) -> tuple[float, float]:
-    """Mean and its standard error over seeds (nan with one)."""
-    xs = list(xs)
-    mean = toy.mean(xs)
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in xs) / (len(xs) - 1) / len(xs)) if len(xs) > 1 else float("nan")
-
-
-def arguments(doc: str, **more) -> argparse.Namespace:
-    """--seed, --full, --tiny and a script's own options (name=default)."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="first seed")
-    parser.add_argument("--full", action="store_true", help="more seeds, sizes and data")
-    parser.add_argument("--tiny", action="store_true", help="a smoke test in seconds; its numbers mean nothing")
-    for name, default in more.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
-    args = parser.parse_args()
-    args.start = time.perf_counter()
-    return args
-
-
-def table(rows: list[dict]):
-    """Print rows of numbers under their names."""
-    def cell(x): return f"{x:.3f}" if isinstance(x, float) else str(x)
-    names = list(rows[0])
-    widths = [max(len(n), *(len(cell(r[n])) for r in rows)) for n in names]
-    for line in [names, *([cell(r[n]) for n in names] for r in rows)]:
-        print("    " + "  ".join(x.rjust(w) for x, w in zip(line, widths)))
-
-
-def finish(name: str, args, rows: list[dict], draw, sentence: str):
-    """Write rows as CSV, draw them with `draw(pyplot)` where matplotlib is installed, and print the finding."""
-    if not args.tiny:
-        OUT.mkdir(parents=True, exist_ok=True)
-        with open(OUT / f"{name}.csv", "w", newline="") as f:
-            out = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
-            out.writeheader()
-            out.writerows(rows)
-        print(f"    -> {OUT / name}.csv")
-        try:
-            import matplotlib
-            matplotlib.use("Agg")
-            from matplotlib import pyplot
-            pyplot.figure(figsize=(6, 4), dpi=80)
-            draw(pyplot)
-            pyplot.tight_layout()
-            PICTURES.mkdir(exist_ok=True)
-            pyplot.savefig(PICTURES / f"{name}.png")
-            print(f"    -> {PICTURES / name}.png")
-        except ImportError:
-            print("    no picture: pip install matplotlib")
-    print(f"{sentence}  ({time.perf_counter() - args.start:.0f} s)")
-
-
-def main(script, doc: str, **more):
-    """Run a script's function of its arguments; a user's mistake ends it with one sentence."""
-    try:
-        script(arguments(doc, **more))
-    except (UserError, TrainingError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

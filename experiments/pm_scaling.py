@@ -1,92 +1,159 @@
-"""§3.2, App. A.3, Figs 7, 31, 32: PM accuracy grows with the log of the comparisons and of the model's size.
+"""§3.2, App. A.3, Figs 7, 31, 32: PM accuracy grows with the log of comparisons and of size.
 
-    python experiments/pm_scaling.py              # three sizes, 250 to 8,000 comparisons, 1 seed; minutes
+    python experiments/pm_scaling.py              # three sizes, 250 to 8,000 comparisons, 1 seed
     python experiments/pm_scaling.py --full       # up to 16,000 comparisons, 3 seeds
 
-PMs of each size learn from nested subsets of one set of comparisons: helpful ones only (Fig. 32), or two thirds
-helpful and one third harmless ones (Figs 7, 31); one epoch at a constant rate, each PM anew from the LM. (HH read the same
-off one training run.) Accuracy on held-out comparisons is fitted, for all sizes and amounts together, by Eq. A.1:
+The paper's claim: accuracy is roughly linear in both logs, more cleanly for helpful-only PMs. PMs
+of each size learn here from nested subsets of one set of comparisons: helpful ones only (Fig. 32),
+or two thirds helpful and one third harmless ones (Figs 7, 31); one epoch at a constant rate, each
+PM anew from the LM. (HH read the same off one training run.) Accuracy on held-out comparisons is
+fitted, for all sizes and amounts together, by Eq. A.1:
 
-    accuracy = a + b log(P / P_max) + c log(D / D_max)      P parameters without the embeddings, D comparisons
+    accuracy = a + b log(P / P_max) + c log(D / D_max)   P parameters without the embeddings
+                                                         D comparisons
+The verdict's thresholds, for helpful-only PMs: R^2 is at least 0.9, and b and c are above 0.
 
-Labels are noisy, so accuracy has a ceiling, that of a judge who knows the truth; the paper could not know its own. A
-line has none: where PMs come near the ceiling, growth must bend, and R^2 falls.
+Labels are noisy, so accuracy has a ceiling, that of a judge who knows the truth; the paper could
+not know its own. A line has none: where PMs come near it, growth must bend, and R^2 falls.
 """
 import math
 
 import lab
+import output
 
-from pm import fit_scaling, report
-from toy import mean
+from measures import fit_scaling
+from pm import report
+from toy import mean_or_nan
 
-KINDS = ("helpful", "harmless")
 LOG_LINEAR = 0.9  # the R^2 of Eq. A.1 from which on growth counts as log-linear
+CURVES = (("helpful", "helpful"), ("mixed", "helpful"), ("mixed", "harmless"))  # trained, tested on
+
+
+def measure(run, pairs, test: dict, data: str) -> list[dict]:
+    """A PM trained on comparisons -> a row for each kind of comparisons that it is tested on."""
+    pm, shape, rows = lab.train_pm_on(run, pairs), run.model_config(), []
+    for trained_on, kind in CURVES:
+        if trained_on != data:
+            continue
+        chosen, rejected = lab.scores(run, pm, test[kind])
+        found = report(chosen - rejected, test[kind])
+        rows.append({"tested_on": kind, "params": 12 * shape.n_layer * shape.d_model**2,
+                     "accuracy": found.accuracy, "loss": found.loss, "low": found.low,
+                     "high": found.high, "bayes": found.bayes})
+    return rows
+
+
+def one_seed(runs: dict, seed: int, amounts: list[int], n_test: int, surplus: float) -> list[dict]:
+    """`surplus` times as many comparisons are drawn as are used, because some are dropped."""
+    world = lab.replica(runs["toy"], seed)  # replies are the largest policy's for every PM
+    n, rows, test = amounts[-1], [], {}
+    helpful = lab.comparisons(world, int(surplus * n))
+    harmless = lab.comparisons(world, int(surplus * n / 3), "harmless")
+    for kind in lab.KINDS:
+        test[kind] = lab.comparisons(world, n_test, kind, "test")
+    for size in runs:
+        run = lab.replica(runs[size], seed)
+        for data in ("helpful", "mixed"):
+            for amount in amounts:
+                third = amount // 3 if data == "mixed" else 0
+                pairs = helpful[:amount - third] + harmless[:third]
+                for row in measure(run, pairs, test, data):
+                    rows.append({"trained_on": data, "size": size, "seed": seed,
+                                 "comparisons": amount} | row)
+    return rows
+
+
+def curve(rows: list[dict], trained_on: str, tested_on: str) -> list[dict]:
+    return output.select(rows, trained_on=trained_on, tested_on=tested_on)
+
+
+def accuracies(rows: list[dict], size: str, amounts: list[int]) -> list[float]:
+    """The mean over seeds for each number of comparisons."""
+    means = []
+    for amount in amounts:
+        mine = output.select(rows, size=size, comparisons=amount)
+        means.append(mean_or_nan(output.column(mine, "accuracy")))
+    return means
+
+
+def print_table(rows: list[dict], sizes: list[str], amounts: list[int]):
+    table = []
+    for size in sizes:
+        row = {"size": size}
+        for amount, accuracy in zip(amounts, accuracies(rows, size, amounts)):
+            row[f"D={amount}"] = accuracy
+        row["ceiling"] = mean_or_nan(output.column(rows, "bayes"))
+        table.append(row)
+    output.table(table)
+
+
+def draw(plt, rows, fits, sizes, amounts):
+    plt.gcf().set_size_inches(9, 3.5)
+    largest = max(output.column(rows, "params"))
+    for i, (trained_on, tested_on) in enumerate(CURVES, 1):
+        plt.subplot(1, 3, i)
+        mine = curve(rows, trained_on, tested_on)
+        (a, b, c), _ = fits[trained_on, tested_on]
+        for size, color in zip(sizes, ("C0", "C1", "C2")):
+            errors, line = [], []
+            log_p = math.log(output.select(mine, size=size)[0]["params"] / largest)
+            for amount in amounts:
+                found = output.select(mine, size=size, comparisons=amount)
+                width = mean_or_nan(row["high"] - row["low"] for row in found)
+                errors.append(width / 2 / len(found) ** 0.5)  # 95%
+                line.append(a + b * log_p + c * math.log(amount / amounts[-1]))
+            plt.errorbar(amounts, accuracies(mine, size, amounts), errors, fmt=".", color=color,
+                         label=size)
+            plt.plot(amounts, line, color=color, lw=0.8)
+        plt.axhline(mine[0]["bayes"], color="gray", ls=":")
+        plt.xscale("log")
+        plt.ylim(0.4, 0.85)
+        plt.xticks(amounts, amounts, fontsize=7)
+        plt.minorticks_off()
+        plt.title(f"{trained_on} PM on {tested_on}", fontsize=8)
+        plt.xlabel("comparisons")
+        plt.legend(fontsize=7)
+
+
+def verdict(fits: dict) -> tuple[str, str]:
+    """fits: {(trained on, tested on): ((a, b, c), R^2)} for the three curves."""
+    (_, b, c), r2 = fits["helpful", "helpful"]
+    outcome, words = "DOES NOT HOLD", "accuracy is not log-linear here"
+    if r2 >= LOG_LINEAR and b > 0 and c > 0:
+        outcome, words = "HOLDS", "accuracy grows with log D and log P"
+    return outcome, (
+        f"{outcome}: {words}: for helpful-only PMs Eq. A.1 has b = {b:.3f} and c = {c:.3f} (HH: "
+        f"0.007 and 0.015, if its logs are natural) with R^2 = {r2:.3f} (threshold {LOG_LINEAR}, "
+        f"and b and c above 0); trained on both kinds, R^2 is {fits['mixed', 'helpful'][1]:.3f} on "
+        f"helpful and {fits['mixed', 'harmless'][1]:.3f} on harmless comparisons.")
 
 
 def experiment(args):
-    sizes = ["small", "toy"] if args.tiny else ["small", "medium", "toy"]
-    n, n_test, seeds = (16, 300, 1) if args.tiny else (16_000, 5000, 3) if args.full else (8000, 3000, 1)
-    amounts = [n // 2**k for k in range(5, -1, -1)] if not args.tiny else [8, 16]
-    take = 14 if args.tiny else 1.1  # some pairs are dropped; most of those of the tests' unfinished LM
-    runs = {size: lab.base(size, args.seed, 300 if args.tiny else 0) for size in sizes}
-    rows = []
-    for seed in range(args.seed, args.seed + seeds):
-        world = lab.replica(runs[sizes[-1]], seed)  # replies are the largest policy's, whatever the PM's size
-        helpful, harmless = (lab.comparisons(world, int(take * m), k) for k, m in (("helpful", n), ("harmless", n / 3)))
-        test = {kind: lab.comparisons(world, n_test, kind, "test") for kind in KINDS}
-        for size in sizes:
-            run, shape = lab.replica(runs[size], seed), runs[size].model_config()
-            for data in ("helpful", "mixed"):
-                for amount in amounts:
-                    third = amount // 3 if data == "mixed" else 0
-                    pm = lab.train_pm_on(run, helpful[:amount - third] + harmless[:third])
-                    for kind in KINDS if third else KINDS[:1]:
-                        chosen, rejected = lab.scores(run, pm, test[kind])
-                        r = report(chosen - rejected, test[kind])
-                        rows.append(dict(trained_on=data, tested_on=kind, size=size, seed=seed, comparisons=amount,
-                                         params=12 * shape.n_layer * shape.d_model**2, accuracy=r.accuracy, loss=r.loss,
-                                         low=r.low, high=r.high, bayes=r.bayes))
+    sizes, n, n_test, n_seeds, surplus = ["small", "medium", "toy"], 8000, 3000, 1, 1.1
+    if args.full:
+        n, n_test, n_seeds = 16_000, 5000, 3
+    amounts = [n // 32, n // 16, n // 8, n // 4, n // 2, n]
+    if args.tiny:
+        sizes, amounts, n_test, surplus = ["small", "toy"], [8, 16], 60, 2
+    runs, rows = lab.bases(sizes, args.seed, args.tiny), []
+    for seed in range(args.seed, args.seed + n_seeds):
+        rows += one_seed(runs, seed, amounts, n_test, surplus)
 
-    def some(data, kind, **where) -> list[dict]:
-        """The rows of one curve: trained on, tested on."""
-        where |= dict(trained_on=data, tested_on=kind)
-        return [r for r in rows if all(r[k] == v for k, v in where.items())]
-
-    curves, fits = [("helpful", "helpful"), ("mixed", "helpful"), ("mixed", "harmless")], {}
-    largest = max(r["params"] for r in rows)
-    for curve in curves:
-        print(f"Trained on {curve[0]}, tested on {curve[1]}: accuracy by number of comparisons (n = {seeds} seeds)")
-        lab.table([dict(size=size) | {f"D={d}": mean(r["accuracy"] for r in some(*curve, size=size, comparisons=d))
-                                      for d in amounts} | dict(ceiling=mean(r["bayes"] for r in some(*curve)))
-                   for size in sizes])
-        columns = ([r[k] for r in some(*curve)] for k in ("params", "comparisons", "accuracy"))
-        (a, b, c), r2 = fits[curve] = fit_scaling(*columns, at=(largest, n))
-        print(f"    accuracy = {a:.3f} + {b:.4f} log(P / {largest:,}) + {c:.4f} log(D / {n:,}), R^2 = {r2:.3f}")
-
-    def draw(plt):
-        plt.gcf().set_size_inches(9, 3.5)
-        for i, curve in enumerate(curves, 1):
-            plt.subplot(1, 3, i)
-            for size, color in zip(sizes, ("C0", "C1", "C2")):
-                found = [some(*curve, size=size, comparisons=d) for d in amounts]
-                errors = [mean(r["high"] - r["low"] for r in f) / 2 / len(f) ** 0.5 for f in found]  # 95%
-                plt.errorbar(amounts, [mean(r["accuracy"] for r in f) for f in found], errors, fmt=".", color=color,
-                             label=size)
-                (a, b, c), _ = fits[curve]
-                log_p = math.log(some(*curve, size=size)[0]["params"] / largest)
-                plt.plot(amounts, [a + b * log_p + c * math.log(d / n) for d in amounts], color=color, lw=0.8)
-            plt.axhline(some(*curve)[0]["bayes"], color="gray", ls=":"), plt.xscale("log"), plt.ylim(0.4, 0.85)
-            plt.xticks(amounts, amounts, fontsize=7), plt.minorticks_off()
-            plt.title(f"{curve[0]} PM on {curve[1]}", fontsize=8), plt.xlabel("comparisons"), plt.legend(fontsize=7)
-
-    (a, b, c), r2 = fits["helpful", "helpful"]
-    holds = r2 >= LOG_LINEAR and b > 0 and c > 0
-    numbers = (f"for helpful-only PMs Eq. A.1 has b = {b:.3f} and c = {c:.3f} (HH: 0.007 and 0.015, if its "
-               f"logs are natural) with R^2 = {r2:.3f} (threshold {LOG_LINEAR}, and b and c above 0); trained on both "
-               f"kinds, R^2 is {fits[curves[1]][1]:.3f} on helpful and {fits[curves[2]][1]:.3f} on harmless comparisons")
-    lab.finish("pm_scaling", args, rows, draw, ("HOLDS: accuracy grows with log D and log P: " if holds else
-               "DOES NOT HOLD: accuracy is not log-linear here: ") + numbers + ".")
+    fits, largest = {}, max(output.column(rows, "params"))
+    for trained_on, tested_on in CURVES:
+        print(f"Trained on {trained_on}, tested on {tested_on}: accuracy by number of comparisons "
+              f"(n = {n_seeds} seeds)")
+        mine = curve(rows, trained_on, tested_on)
+        print_table(mine, sizes, amounts)
+        (a, b, c), r2 = fits[trained_on, tested_on] = fit_scaling(
+            output.column(mine, "params"), output.column(mine, "comparisons"),
+            output.column(mine, "accuracy"), at=(largest, amounts[-1]))
+        print(f"    accuracy = {a:.3f} + {b:.4f} log(P / {largest:,}) + {c:.4f} log(D / "
+              f"{amounts[-1]:,}), R^2 = {r2:.3f}")
+    _, sentence = verdict(fits)
+    output.finish("pm_scaling", args, rows, lambda plt: draw(plt, rows, fits, sizes, amounts),
+                  sentence)
 
 
 if __name__ == "__main__":
-    lab.main(experiment, __doc__)
+    output.main(experiment, __doc__)

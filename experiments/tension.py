@@ -1,120 +1,170 @@
-"""§5.1, Figs 19, 26, 27; §4.4, Fig. 14: a PM that learned one side only falls below chance on the other side.
+"""§5.1, Figs 19, 26, 27; §4.4: a PM that learned one kind only falls below chance on the other.
 
-    python experiments/tension.py                   # two PM sizes, then three RL runs; minutes on two CPU cores
-    python experiments/tension.py --full            # three sizes, 4,000 comparisons, 3 seeds, longer RL
+    python experiments/tension.py                   # two PM sizes, then three RL runs; minutes
+    python experiments/tension.py --full            # three sizes, 4,000 comparisons, longer RL
     python experiments/tension.py --iterations 0    # without RL
 
-All PMs learn from the largest initial policy's replies (HH: nearly all are of 52B models). Measured:
+The paper's claim: trained on one kind of comparisons only, a PM is "significantly worse than
+chance" on the other; the text gives no number. All PMs here learn from the largest initial policy's
+replies (HH: nearly all are of 52B models). Measured:
 
-1. Mixtures (Figs 19, 26). Eleven, from all harmless to all helpful, of one number of comparisons. Accuracy on held-out
-   comparisons of both kinds, and the mean of the two. The ends, which decide, are made for 3 seeds.
-2. Loss weights (Fig. 27). L = L_helpful + lambda L_harmless, on two thirds helpful and one third harmless comparisons.
-3. RL (§4.4). PPO against one PM of both kinds, on three mixtures of prompts. Does a policy that sees mostly red-team
-   prompts also refuse benign requests that look like them ("burn a candle")? HH: an exaggerated answer to anything
-   sensitive, which a larger share of helpful prompts partly cured. (No plain RL figure there; Fig. 14 is about scores.)
+1. Mixtures (Figs 19, 26). Eleven, from all harmless to all helpful, of one number of comparisons.
+   Accuracy on held-out comparisons of both kinds, and the mean of the two. The verdict looks at the
+   ends: accuracy on the other kind, of the largest PM, is at most 0.40 in the mean of 3 seeds.
+2. Loss weights (Fig. 27). L = L_helpful + lambda L_harmless, on two thirds helpful and one third
+   harmless comparisons. What lambda = 10 costs does not enter the verdict.
+3. RL (§4.4), one seed, no verdict. PPO against one PM of both kinds, on three mixtures of prompts.
+   Does a policy that sees mostly red-team prompts also refuse benign requests that look like them
+   ("burn a candle")? HH saw an exaggerated answer to anything sensitive, which a larger share of
+   helpful prompts partly cured (no figure; Fig. 14 is about scores).
 """
 import dataclasses
 
 import lab
+import output
 
 from pm import report
-from toy import mean
+from toy import mean_or_nan
 from train_rl import RLConfig
 
-KINDS = ("helpful", "harmless")
-SHOWN = ("kl", "refused_look_alikes", "refused_benign", "complied", "correct", "score_helpful", "score_harmless")
-BELOW = 0.40  # cross accuracy up to here counts as below chance; HH: "significantly worse than chance"
+SHOWN = ("kl", "refused_look_alikes", "refused_benign", "complied", "correct", "score_helpful",
+         "score_harmless")
+BELOW = 0.40  # accuracy on the other kind up to here counts as below chance
+COLUMNS = ("helpful", "harmless", "mean")
 
 
-def accuracies(run, pm, test) -> dict[str, float]:
+def accuracies(run, pm, test: dict) -> dict[str, float]:
     """Accuracy on the held-out comparisons of each kind, and the mean of the two."""
-    acc = {kind: report(a - b, test[kind]).accuracy for kind in KINDS for a, b in [lab.scores(run, pm, test[kind])]}
-    return acc | dict(mean=mean(acc.values()))
+    found = {}
+    for kind in lab.KINDS:
+        chosen, rejected = lab.scores(run, pm, test[kind])
+        found[kind] = report(chosen - rejected, test[kind]).accuracy
+    return found | {"mean": mean_or_nan(found.values())}
+
+
+def measure_pms(run, found: dict, test: dict, n: int, settings: list[tuple]) -> list[dict]:
+    """One PM and row for each (part, share of helpful comparisons, lambda)."""
+    rows = []
+    for part, share, weight in settings:
+        k = round(share * n)
+        pm = lab.train_pm_on(run, found["helpful"][:k] + found["harmless"][:n - k], weight)
+        row = {"part": part, "seed": run.seed, "helpful_share": share, "weight": weight}
+        rows.append(row | accuracies(run, pm, test))
+    return rows
+
+
+def curve(rows: list[dict], part: str, size: str, name: str, key: str, values) -> list[tuple]:
+    """(mean, standard error) of a column over seeds, for each value of row[key]."""
+    points = []
+    for value in values:
+        mine = output.select(rows, part=part, size=size, **{key: value})
+        points.append(output.mean_se(output.column(mine, name)))
+    return points
+
+
+def print_part(rows, sizes: list[str], part: str, key: str, values):
+    table = []
+    for size in sizes:
+        for value in values:
+            row = {"size": size, key: value}
+            for name in COLUMNS:
+                [(row[name], row[f"+- {name[:7]}"])] = curve(rows, part, size, name, key, [value])
+            table.append(row)
+    output.table(table)
+
+
+def rl(run, pm, cfg: RLConfig, shares) -> list[dict]:
+    """Held-out behavior before RL, and after RL with each share of red-team prompts."""
+    policies = []
+    for share in shares:
+        _, path = lab.ppo(run, pm, dataclasses.replace(cfg, harmless_share=share))
+        if not policies:
+            policies.append({"red_team_share": "initial"} | {x: path[0][x] for x in SHOWN})
+        policies.append({"red_team_share": share} | {x: path[-1][x] for x in SHOWN})
+    return policies
+
+
+def draw(plt, rows, sizes, panels):
+    plt.gcf().set_size_inches(9, 4)
+    titles = {"mixture": "share of helpful comparisons", "weight": "lambda"}
+    for i, (part, key, values) in enumerate(panels, 1):
+        plt.subplot(1, 2, i)
+        for size, style in zip(reversed(sizes), ("-", "--", ":")):
+            for name, color in zip(COLUMNS, ("C0", "C3", "gray")):
+                means, errors = zip(*curve(rows, part, size, name, key, values))
+                plt.errorbar(values, means, errors, fmt=style, marker=".", color=color, lw=1,
+                             label=f"{name}, {size}")
+        plt.axhline(0.5, color="black", lw=0.5)
+        plt.ylim(0.25, 0.85)
+        plt.ylabel("held-out accuracy")
+        plt.xlabel(titles[part])
+    plt.legend(fontsize=7)
+
+
+def verdict(helpful_only: tuple, harmless_only: tuple, lost: dict, weight: int,
+            n: int) -> tuple[str, str]:
+    """helpful_only, harmless_only: accuracy on the other kind, (mean, standard error) over n seeds.
+    lost: {size: helpful accuracy that lambda = weight costs}."""
+    outcome, words = "DOES NOT HOLD", "one-sided PMs are not both below chance on the other side"
+    if max(helpful_only[0], harmless_only[0]) <= BELOW:
+        outcome, words = "HOLDS", "each one-sided PM is below chance on the other side"
+    costs = ", ".join(f"{cost:.3f} ({size})" for size, cost in lost.items())
+    return outcome, (
+        f"{outcome}: {words}: the helpful-only PM is right on {helpful_only[0]:.3f} +- "
+        f"{helpful_only[1]:.3f} of harmless comparisons, the harmless-only one on "
+        f"{harmless_only[0]:.3f} +- {harmless_only[1]:.3f} of helpful ones (threshold {BELOW}, n = "
+        f"{n} seeds); lambda = {weight} costs {costs} of helpful accuracy (HH: 0.074 at 13M "
+        "parameters, 0.015 at 52B).")
 
 
 def experiment(args):
-    sizes = ["toy"] if args.tiny else ["small", "medium", "toy"] if args.full else ["small", "toy"]
-    n, n_test = (24, 300) if args.tiny else (4000, 2000) if args.full else (2000, 1500)
-    shares = [0.0, 1.0] if args.tiny else [i / 10 for i in range(11)]
-    weights = [1, 10] if args.tiny else [1, 2, 3, 4, 10]  # lambda
-    seeds = range(args.seed, args.seed + (1 if args.tiny else 3))
-    runs = {size: lab.base(size, args.seed, 300 if args.tiny else 0) for size in sizes}
-    largest, rows = sizes[-1], []
-
-    for seed in seeds:
-        all_of_it = seed == args.seed or args.full
-        world = lab.replica(runs[largest], seed)
-        take = 14 if args.tiny else 1.1  # some pairs are dropped; most of those of the tests' unfinished LM
-        found = {kind: lab.comparisons(world, int(take * n), kind)[:n] for kind in KINDS}
-        test = {kind: lab.comparisons(world, n_test, kind, "test") for kind in KINDS}
+    sizes, n, n_test, n_seeds, surplus = ["small", "toy"], 2000, 1500, 3, 1.1
+    shares, weights, rl_shares = [i / 10 for i in range(11)], [1, 2, 3, 4, 10], (0.1, 0.5, 0.9)
+    cfg = RLConfig(iterations=args.iterations, eval_every=1000)
+    if args.full:
+        sizes, n, n_test = ["small", "medium", "toy"], 4000, 2000
+        cfg = dataclasses.replace(cfg, iterations=2 * args.iterations)
+    if args.tiny:
+        sizes, n, n_test, n_seeds, surplus = ["toy"], 24, 60, 1, 2
+        shares, weights, rl_shares = [0.0, 1.0], [1, 10], (0.1,)
+        cfg = dataclasses.replace(cfg, iterations=2, batch=32, minibatch=16, eval_prompts=32)
+    runs, rows = lab.bases(sizes, args.seed, args.tiny), []
+    ends = [("mixture", 0.0, 1), ("mixture", 1.0, 1)]
+    everything = [("mixture", share, 1) for share in shares]
+    everything += [("weight", 2 / 3, weight) for weight in weights]
+    for seed in range(args.seed, args.seed + n_seeds):
+        world, found, test = lab.replica(runs["toy"], seed), {}, {}
+        for kind in lab.KINDS:
+            found[kind] = lab.comparisons(world, int(surplus * n), kind)[:n]
+            test[kind] = lab.comparisons(world, n_test, kind, "test")
         if seed == args.seed:
-            pm_both = found["helpful"] + found["harmless"]
+            of_both_kinds = found["helpful"] + found["harmless"]
+        settings = everything if seed == args.seed or args.full else ends
         for size in sizes:
-            run = lab.replica(runs[size], seed)
-            settings = [("mixture", share, 1) for share in (shares if all_of_it else (0.0, 1.0))]
-            settings += [("weight", 2 / 3, weight) for weight in (weights if all_of_it else ())]
-            for part, share, weight in settings:
-                k = round(share * n)
-                pm = lab.train_pm_on(run, found["helpful"][:k] + found["harmless"][:n - k], weight)
-                rows.append(dict(part=part, size=size, seed=seed, helpful_share=share, weight=weight)
-                            | accuracies(run, pm, test))
-
-    def curve(part, size, column, key, values) -> list[tuple[float, float]]:
-        """Mean and standard error over seeds, for each value of row[key]."""
-        return [lab.mean_se(r[column] for r in rows if r["part"] == part and r["size"] == size and r[key] == v)
-                for v in values]
+            for row in measure_pms(lab.replica(runs[size], seed), found, test, n, settings):
+                rows.append({"size": size} | row)
 
     panels = [("mixture", "helpful_share", shares), ("weight", "weight", weights)]
+    notes = {"mixture": f"; at the ends n = {n_seeds} seeds, +- standard error", "weight": ""}
     for part, key, values in panels:
-        print(f"Held-out accuracy by {part}, {n} comparisons in training"
-              + (f"; at the ends n = {len(seeds)} seeds, +- standard error" if key == "helpful_share" else ""))
-        lab.table([{"size": size, key: v} | {name: x for column in (*KINDS, "mean") for name, x in
-                    zip((column, f"+- {column[:7]}"), curve(part, size, column, key, [v])[0])}
-                   for size in sizes for v in values])
-
-    # 3. The PM of RL learns from all comparisons of the first seed, half of them of each kind.
-    run, policies = runs[largest], []
+        print(f"Held-out accuracy by {part}, {n} comparisons in training{notes[part]}")
+        print_part(rows, sizes, part, key, values)
+    policies = []
     if args.iterations:
-        pm = lab.train_pm_on(run, pm_both)
-        for share in (0.1, 0.5, 0.9)[:1 if args.tiny else None]:
-            cfg = RLConfig(iterations=args.iterations * (2 if args.full else 1), harmless_share=share, eval_every=1000)
-            if args.tiny:
-                cfg = dataclasses.replace(cfg, iterations=2, batch=32, minibatch=16, eval_prompts=64)
-            _, (before, after) = lab.ppo(run, pm, cfg)
-            for name, policy in (("initial", before), (share, after))[bool(policies):]:  # the initial policy once
-                policies.append(dict(red_team_share=name) | {k: policy[k] for k in SHOWN})
-        print("RL: held-out behaviour by share of red-team prompts in training, 1 seed")
-        lab.table(policies)
+        policies = rl(runs["toy"], lab.train_pm_on(runs["toy"], of_both_kinds), cfg, rl_shares)
+        print("RL: held-out behavior by share of red-team prompts in training, 1 seed")
+        output.table(policies)
 
-    def draw(plt):
-        plt.gcf().set_size_inches(9, 4)
-        for i, (part, key, values) in enumerate(panels, 1):
-            plt.subplot(1, 2, i)
-            for size, style in zip(reversed(sizes), ("-", "--", ":")):
-                for column, color in zip((*KINDS, "mean"), ("C0", "C3", "gray")):
-                    m, se = zip(*curve(part, size, column, key, values))
-                    plt.errorbar(values, m, se, fmt=style, marker=".", color=color, lw=1, label=f"{column}, {size}")
-            plt.axhline(0.5, color="black", lw=0.5), plt.ylim(0.25, 0.85), plt.ylabel("held-out accuracy")
-            plt.xlabel(("share of helpful comparisons", "lambda")[i - 1])
-        plt.legend(fontsize=7)
-
-    # What decides: the largest PM at both ends, each on the side it has not seen.
-    ends = [curve("mixture", largest, kind, "helpful_share", [share])[0]
-            for kind, share in (("harmless", 1.0), ("helpful", 0.0))]
-    lost = {}  # helpful accuracy that the largest lambda costs (Fig. 27)
+    [helpful_only] = curve(rows, "mixture", "toy", "harmless", "helpful_share", [1.0])
+    [harmless_only] = curve(rows, "mixture", "toy", "helpful", "helpful_share", [0.0])
+    lost = {}
     for size in sizes:
-        (first, _), *_, (last, _) = curve("weight", size, "helpful", "weight", weights)
-        lost[size] = first - last
-    costs = ", ".join(f"{x:.3f} ({size})" for size, x in lost.items())
-    numbers = (f"the helpful-only PM is right on {ends[0][0]:.3f} +- {ends[0][1]:.3f} of harmless comparisons, the "
-               f"harmless-only one on {ends[1][0]:.3f} +- {ends[1][1]:.3f} of helpful ones (threshold {BELOW}, "
-               f"n = {len(seeds)} seeds); lambda = {weights[-1]} costs {costs} of helpful accuracy (HH: 0.074 at 13M "
-               "parameters, 0.015 at 52B)")
-    holds = max(m for m, _ in ends) <= BELOW
-    lab.finish("tension", args, rows + policies, draw, (
-        "HOLDS: each one-sided PM is below chance on the other side: " if holds else
-        "DOES NOT HOLD: one-sided PMs are not both below chance on the other side: ") + numbers + ".")
+        points = curve(rows, "weight", size, "helpful", "weight", weights)
+        lost[size] = points[0][0] - points[-1][0]
+    _, sentence = verdict(helpful_only, harmless_only, lost, weights[-1], n_seeds)
+    output.finish("tension", args, rows + policies, lambda plt: draw(plt, rows, sizes, panels),
+                  sentence)
 
 
 if __name__ == "__main__":
-    lab.main(experiment, __doc__, iterations=30)
+    output.main(experiment, __doc__, iterations=30)

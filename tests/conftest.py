@@ -1,12 +1,15 @@
-"""Shared by all tests: the repository root on sys.path, and real data where an environment variable names it."""
+"""Shared by all tests: the repository root on sys.path, and real data where a variable names it."""
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# The tests' tensors are tiny: more threads would only wait for each other.
+torch.set_num_threads(1)
 
 
 def _folder(variable: str) -> Path:

@@ -1,1032 +1,729 @@
-"""Tests of train_lm.py, train_pm.py and train_rl.py, run as a user runs them.
+"""Tests of the commands from end to end: what they read, what they leave, and how they fail.
 
-One small run of all five stages is trained once for the session; most cases start from a copy of its folder. True
-subprocesses where exit code, traceback or a kill matter; elsewhere the same script runs inside this process
-(runpy), which saves the second that importing torch takes.
-"""
+One tiny run of all five stages is trained for the session and watched. Most cases start from a copy
+of its folder. The commands run inside this process, where they can be killed and watched."""
 import dataclasses
 import errno
 import gzip
-import importlib.util
 import json
+import math
 import os
-import pickle
 import random
 import re
-import resource
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 import tqdm
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
+import evaluate
 import hub
 import ppo
-import run
+import rollout
+import toy
+import toy_corpus
 import train_lm
 import train_pm
 import train_rl
 from data import ASSISTANT, HUMAN
-from model import GPT, GPTConfig
+from model import GPT, SIZES, GPTConfig
+from pipeline import PIPELINE, Run, RunConfig, main
+from run import file_hash, load
+from stage import Folder, Stage
+from test_run import CONFIGS, Killed, broken_checkpoints, content, die_at_a_new_write
 
 ROOT = Path(train_rl.__file__).resolve().parent
-SCRIPTS = ["train_lm.py", "train_pm.py", "train_rl.py"]
-ENV = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-# Batches so small that stage 1 takes more than 200 steps and stages 2 to 4 more than 50: each saves its state twice.
-LM = "--lm.documents 360 --lm.step-tokens 128 --lm.vocab 640".split()
-CD = "--cd.documents 56 --cd.batch 1".split()
-PMP = "--pmp.pairs 56 --pmp.batch 1".split()
-PM = "--pm.helpful 70 --pm.harmless 30 --pm.test 15 --pm.batch 1".split()
-RL = ("--rl.iterations 4 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 --rl.save-every 1 "
-      "--rl.max-response 12").split()
-SMALL = {"train_lm.py": LM + CD, "train_pm.py": LM + CD + PMP + PM, "train_rl.py": LM + CD + PMP + PM + RL}
-FINAL = ["lm.pt", "initial.pt", "pmp.pt", "pm.pt", "policy.pt"]  # what stages 1 to 5 leave
-STAGE = dict(zip(["lm", "cd", "pmp", "pm", "rl"], FINAL))
-MAKES = {"train_lm.py": "lm.pt", "train_pm.py": "pm.pt", "train_rl.py": "policy.pt"}  # what a script is there for
+SCRIPTS = {"train_lm.py": (train_lm.command, 3), "train_pm.py": (train_pm.command, 5),
+           "train_rl.py": (train_rl.command, 6)}
+RESULTS = {stage: result for stage, (result, _) in PIPELINE.items()}
+LM = "--lm.documents 120 --lm.step-tokens 512 --lm.vocab 500 --lm.warmup 7 --lm.max-grad-norm 0.6"
+CD = "--cd.documents 21 --cd.batch 3 --cd.max-grad-norm 0.01"
+PMP = "--pmp.pairs 28 --pmp.batch 4 --pmp.warmup 3 --pmp.max-grad-norm 0.02"
+PM = ("--pm.helpful 80 --pm.harmless 70 --pm.test 40 --pm.batch 4 --pm.warmup 4 --pm.noise 0.5 "
+      "--pm.harmless-weight 3 --pm.max-response 80 --pm.max-grad-norm 0.03")
+RL = ("--rl.iterations 5 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 "
+      "--rl.save-every 2 --rl.max-response 12 --rl.warmup 3 --rl.max-grad-norm 0.05")
+OF_STAGES = [LM, CD, PMP, PM, RL]
+N_STAGES = {"train_lm.py": 2, "train_pm.py": 4, "train_rl.py": 5}
+
+# ---- 1. Running a command ----------------------------------------------------
 
 
-# ------------------------------------------------------------------------------ running a command
+def shrink(patch):
+    """Smaller models, fewer held-out texts, and states and lines every few steps."""
+    steps, log, cheap = Stage.steps, Stage.log, train_pm.cheap_comparisons
+    patch.setitem(SIZES, "toy", GPTConfig(2, 2, 32, context=192))
+    patch.setattr(train_lm, "behavior", partial(train_lm.behavior, n=12))
+    patch.setattr(train_pm, "cheap_comparisons", lambda run, cfg, split: cheap(
+        run, cfg, split)[:40 if split == "test" else None])
+    patch.setattr(Stage, "steps", lambda self, items, save_every, unit="step": steps(
+        self, items, min(save_every, 4), unit))
+    patch.setattr(Stage, "log", lambda self, step, every=1, **numbers: log(
+        self, step, min(every, 3), **numbers))
+    patch.setattr(tqdm.tqdm, "__init__", partialmethod(tqdm.tqdm.__init__, disable=True))
 
 
-@dataclass
+def execute(script: str, *args) -> int:
+    """A command -> its exit status. What would end in a traceback is raised."""
+    command, n = SCRIPTS[script]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # another number of threads adds floats in another order
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        patch.setattr(sys, "argv", [script, "--device", "cpu", *map(str, args)])
+        try:
+            main(command, "A stage.", **dict(list(CONFIGS.items())[:n]))
+        except SystemExit as end:
+            return end.code
+        finally:
+            torch.set_num_threads(threads)
+    return 0
+
+
+def small(script: str) -> list[str]:
+    return " ".join(OF_STAGES[:N_STAGES[script]]).split()
+
+
+@dataclasses.dataclass
 class Result:
     code: int
     out: str
     err: str
 
 
-def shell(script, *args, **kwargs) -> Result:
-    """A command in a process of its own."""
-    done = subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True,
-                          timeout=300, **kwargs)
-    return Result(done.returncode, done.stdout, done.stderr)
+@pytest.fixture
+def call(capsys):
+    def call(script, *args) -> Result:
+        capsys.readouterr()
+        code = execute(script, *args)
+        return Result(code, *capsys.readouterr())
+    return call
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """The same in this process. Whatever would end in a traceback is raised, so a test that sees it fails with it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # another number of threads adds floats in another order
-    monkeypatch.setattr(tqdm.tqdm, "__init__", partialmethod(tqdm.tqdm.__init__, disable=True))
-
-    def call(script, *args) -> Result:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        capsys.readouterr()
-        code, message = 0, ""
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as error:  # what the interpreter does with it: a text is printed and the status is 1
-            code, message = (1, f"{error.code}\n") if isinstance(error.code, str) else (error.code or 0, "")
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err + message)
-    yield call
-    torch.set_num_threads(threads)
+def run_all(call):
+    """All stages of the tiny run, in a folder."""
+    return lambda out, *args: call("train_rl.py", "--out", out, *small("train_rl.py"), *args)
 
 
 def assert_one_sentence(result: Result, *words):
-    """The command failed and said so in one line."""
-    assert result.code not in (0, None), result.out[-500:]
-    assert "Traceback" not in result.err and "Traceback" not in result.out
+    assert result.code == 2, result.out[-500:]
     assert len(result.err.strip().splitlines()) == 1, result.err
     assert re.match(r"train_(lm|pm|rl)\.py: \S", result.err), result.err
-    for word in words:
-        assert str(word) in result.err
+    assert all(str(word) in result.err for word in words), result.err
 
 
-def metrics(out: Path) -> list[str]:
-    """metrics.jsonl without the times, the one thing in it that may differ when a run is repeated."""
-    return [re.sub(r', "seconds": [\d.]+', "", line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+# ---- 2. The watched run ------------------------------------------------------
 
 
-def weights(path: Path) -> dict:
-    return torch.load(path, weights_only=True)["model"]
+class Watch:
+    """What each stage reads, by text, in training and in evaluation; what it samples; its steps."""
+
+    def __init__(self):
+        self.stage, self.training = "", False
+        self.read = {}     # (stage, "train" or "test") -> texts
+        self.sampled = []  # (stage, prompt, reply, whether it finished)
+        self.steps = {}    # stage -> what the optimizer used in each step
+        self.weights = {}  # stage -> [(comparison, weight)]
+        self.judges = []   # the policy and the PM of each evaluation
+
+    def see(self, tok, rows, training: bool):
+        split = "train" if training else "test"
+        texts = self.read.setdefault((self.stage, split), [])
+        texts += [tok.decode(row) for row in rows]
+
+    def install(self, patch):
+        def before(owner, name, action):
+            function = getattr(owner, name)
+
+            def watched(*args, **kwargs):
+                action(*args)
+                return function(*args, **kwargs)
+            patch.setattr(owner, name, watched)
+
+        def begin(folder, name, cfg):
+            self.stage, self.run, self.training = name, folder, False
+
+        def rows_of(pm, pairs, i, device):
+            rows = [pairs.chosen[j] for j in i.tolist()] + [pairs.rejected[j] for j in i.tolist()]
+            self.see(self.run.tok, rows, torch.is_grad_enabled())
+        before(Folder, "begin", begin)
+        before(train_pm, "fit", lambda run, stage, cfg, pm, pairs, weights: self.weights.update(
+            {self.stage: list(zip(pairs.comparisons, weights.tolist()))}))
+        before(train_lm, "lm_loss", lambda model, rows, device: self.see(
+            self.run.tok, rows, torch.is_grad_enabled()))
+        before(train_lm, "distillation_loss", lambda student, teacher, prompt, rows, top, device:
+               self.see(self.run.tok, rows, torch.is_grad_enabled()))
+        before(train_pm, "score_pairs", rows_of)
+        before(train_rl, "evaluate", lambda run, cfg, policy, reference, pm, prompts:
+               self.judges.append((id(policy), id(reference), id(pm))))
+        before(train_pm, "score_rows", lambda pm, rows, *rest: self.see(self.run.tok, rows, False))
+        sample, iterate = rollout.Sampler.__call__, train_rl.Learner.iterate
+
+        def watched_sample(sampler, prompts, uniforms, *rest):
+            ro = sample(sampler, prompts, uniforms, *rest)
+            if self.stage in ("cd", "rl"):
+                self.see(self.run.tok, prompts, self.training)
+            replies = [self.run.tok.decode(response) for response in ro.responses()]
+            texts = [self.run.tok.decode(prompt) for prompt in prompts]
+            stages = [self.stage] * len(texts)
+            self.sampled += zip(stages, texts, replies, ro.finished.tolist())
+            return ro
+
+        def watched_iterate(learner, *args):
+            self.training = True
+            result = iterate(learner, *args)
+            self.training = False
+            return result
+        patch.setattr(rollout.Sampler, "__call__", watched_sample)
+        patch.setattr(train_rl.Learner, "iterate", watched_iterate)
+
+    def step(self, optimizer, *_):
+        groups = []
+        for group in optimizer.param_groups:
+            used = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
+            grads = [p.grad for p in group["params"]]
+            used["norm"] = math.sqrt(sum(g.square().sum().item() for g in grads))
+            used["dims"] = {p.dim() for p in group["params"]}
+            groups.append(used | {"kind": type(optimizer).__name__})
+        self.steps.setdefault(self.stage, []).append(groups)
 
 
-def assert_same_run(one: Path, two: Path):
-    for name in FINAL:
-        a, b = weights(one / name), weights(two / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    assert metrics(one) == metrics(two)
-    for file in ["samples.txt", "tokenizer.json", *sorted(f.relative_to(one) for f in one.glob("comparisons/*/*"))]:
-        assert (one / file).read_bytes() == (two / file).read_bytes(), file
-
-
-def files(out: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
+def watched(script: str, *args) -> Watch:
+    watch = Watch()
+    with pytest.MonkeyPatch.context() as patch:
+        watch.install(patch)
+        hook = register_optimizer_step_pre_hook(watch.step)
+        try:
+            assert execute(script, *args) == 0
+        finally:
+            hook.remove()
+    return watch
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> tuple[Path, Result]:
-    """All stages from an empty folder, in one command. Nothing may write into this folder: take a copy."""
+def trained(tmp_path_factory) -> tuple[Path, Watch]:
+    """All stages from an empty folder, in one command (seconds, once for the session). Nothing may
+    write there: take a copy."""
     out = tmp_path_factory.mktemp("trained") / "new" / "folder"  # neither exists yet
-    result = shell("train_rl.py", "--out", out, *SMALL["train_rl.py"])
-    assert result.code == 0, result.err
-    return out, result
-
-
-def since(name: str) -> list[str]:
-    """A stage's result, and those of all later stages."""
-    return FINAL[FINAL.index(name):]
-
-
-def spoil(path: Path):
-    """Make a checkpoint another one, as if trained anew: it loads, and all but one of its weights are the same."""
-    content = torch.load(path, weights_only=True)
-    next(w for name, w in content["model"].items() if name.endswith("ln_f.bias")).add_(0.125)
-    torch.save(content, path)
+    return out, watched("train_rl.py", "--out", out, *small("train_rl.py"))
 
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """copy("policy.pt"): the trained folder without policy.pt."""
-    def copy(*without) -> Path:
+    """copy("pm"): the trained folder without the results of stage 4 and later."""
+    def copy(since=None) -> Path:
         out = tmp_path / "copy"
         shutil.copytree(trained[0], out)
-        for name in without:
-            (out / name).unlink()
+        stages = list(RESULTS)
+        for stage in stages[stages.index(since):] if since else []:
+            (out / RESULTS[stage]).unlink()
         return out
     return copy
 
 
-# ------------------------------------------------------------------------------ (1) a whole run
-
-
-def test_rl_from_an_empty_folder_runs_all_stages(trained):
-    out, result = trained
-    names = {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
-    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "samples.txt", *FINAL} | {
-        f"comparisons/{kind}-base/{split}.jsonl" for kind in ("helpful", "harmless") for split in ("train", "test")}
-    assert result.err == ""
-    milestones = []
-    for stage, name in enumerate(FINAL, start=1):
-        missing = [f"{name} is missing, so that stage runs first"] if name != "policy.pt" else []
-        milestones += [result.out.index(words) for words in (*missing, f"[{stage}] ", f"-> {out / name}")]
-    assert milestones == sorted(milestones)
-    for words in ("held-out loss", "held-out KL from", "held-out: accuracy", "held-out harmless: accuracy"):
-        assert words in result.out
-    assert [int(n) for n in re.findall(r"^  it +(\d+) \|", result.out, re.M)] == [0, 1, 2, 3]
-    # The closing table: one row a number, before and after.
-    closing = result.out[result.out.index("held-out prompts"):]
-    for title in train_rl.TABLE.values():
-        assert re.search(rf"^ +{re.escape(title)} +-?[\d.na]+ +-?[\d.na]+$", closing, re.M), title
-    assert "policy.pt" in closing
-    samples = (out / "samples.txt").read_text()
-    assert samples.count("initial:") == samples.count("RLHF:") >= 4 and samples.strip() in result.out
-
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all({"stage", "step", "seconds"} <= line.keys() for line in lines)
-    assert [line["step"] for line in lines if line["stage"] == "rl"] == [0, 1, 2, 3, 4, 5]
-    steps = {stage: [line["step"] for line in lines if line["stage"] == stage] for stage in STAGE}
-    assert all(s == sorted(s) for s in steps.values())
-    assert steps["lm"][-1] > 210  # or the tests of kills below would not test what they say
-    assert min(steps[stage][-1] for stage in ("cd", "pmp", "pm")) > 52
-    config = json.loads((out / "config.json").read_text())
-    assert config["lm"]["documents"] == 360 and config["rl"]["iterations"] == 4 and config["run"]["seed"] == 0
-    assert config["cd"]["documents"] == 56 and config["pmp"]["pairs"] == 56 and config["pm"]["helpful"] == 70
-
-
-def test_each_stage_rests_on_those_before_it(trained):
-    """Read off the weights: what was trained moved, from where it should have started; and the parents are noted."""
-    out, w = trained[0], {name: weights(trained[0] / name) for name in FINAL}
-    lm, initial, policy = w["lm.pt"], w["initial.pt"], w["policy.pt"]
-    pmp, pm = ({k.removeprefix("trunk."): v for k, v in w[name].items()} for name in ("pmp.pt", "pm.pt"))
-
-    def apart(one, two):
-        return sum((one[k] - two[k]).square().sum().item() for k in lm) ** 0.5
-    assert 0 < apart(initial, lm) and 0 < apart(pmp, lm) and 0 < apart(pm, pmp) < apart(pm, lm)
-    assert 0 < apart(policy, initial) < apart(policy, lm)
-    parents = {name: torch.load(out / name, weights_only=True)["parents"] for name in FINAL}
-    rests_on = {"lm.pt": [], "initial.pt": ["lm.pt"], "pmp.pt": ["lm.pt"], "pm.pt": ["initial.pt", "pmp.pt"],
-                "policy.pt": ["initial.pt", "pm.pt"]}
-    assert parents == {name: run.file_hash(*(out / parent for parent in rests_on[name])) for name in FINAL}
-    assert len(set(parents.values())) == 4
-
-
-def test_metrics_are_strict_json(copy, call):
-    """NaN is no JSON: jq, JavaScript and others stop at it. One held-out prompt leaves a kind without a mean."""
+def lines(out: Path, stage: str) -> list[dict]:
     def refuse(name):
-        raise AssertionError(f"{name} in metrics.jsonl")
-    out = copy("policy.pt")
-    args = ["--out", out, *SMALL["train_rl.py"], "--rl.eval-prompts", 1, "--rl.iterations", 1]
-    assert call("train_rl.py", *args).code == 0
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=refuse)
+        raise AssertionError(f"{name} in metrics.jsonl is no JSON")
+    found = [json.loads(line, parse_constant=refuse)
+             for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["stage"] == stage]
 
 
-def test_the_closing_table_says_what_metrics_say(trained):
-    lines = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
-    first, last = ([line for line in lines if line["stage"] == "rl"][i] for i in (0, -1))
-    for key, title in train_rl.TABLE.items():
-        before, after = re.search(rf"^ +{re.escape(title)} +(\S+) +(\S+)$", trained[1].out, re.M).groups()
-        for printed, written in ((before, first.get(f"eval_{key}")), (after, last.get(f"eval_{key}"))):
-            assert written is None or written != written or abs(float(printed) - written) < 6e-4, title
+def test_a_whole_run_leaves_its_files_and_rests_on_parents(trained):
+    out = trained[0]
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    comparisons = {f"comparisons/{kind}-base/{split}.jsonl" for kind in ("helpful", "harmless")
+                   for split in ("train", "test")}
+    assert names == comparisons | set(RESULTS.values()) | {
+        "config.json", "tokenizer.json", "metrics.jsonl", "samples.txt"}
+    for result, parents in PIPELINE.values():
+        assert load(out / result)["parents"] == file_hash([out / parent for parent in parents])
+    assert [line["step"] for line in lines(out, "rl")] == [0, 1, 2, 3, 4, 5, 6]
+    evaluated = [line["step"] for line in lines(out, "rl") if "eval_kl" in line]
+    assert evaluated == [0, 2, 4, 6]
+    config = json.loads((out / "config.json").read_text())
+    assert config["pm"]["noise"] == 0.5 and config["rl"]["batch"] == 8 and set(config) == {
+        "run", *RESULTS}
 
 
-def test_stages_that_are_there_are_not_run_again(trained, copy, call):
-    """Also with --resume, when the last stage has not begun and there is nothing to resume."""
-    out = copy("policy.pt")
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--resume")
-    assert result.code == 0 and result.out.count("is there") == 4 and "runs first" not in result.out
-    assert_same_run(trained[0], out)
-
-
-# ------------------------------------------------------------------------------ (2) repeating
-
-
-def test_same_seed_same_run(trained, tmp_path, call):
-    assert call("train_rl.py", "--out", tmp_path / "again", *SMALL["train_rl.py"]).code == 0
-    assert_same_run(trained[0], tmp_path / "again")
-
-
-def test_stages_one_by_one_are_the_same_run(trained, copy, call):
-    """train_pm.py, then train_rl.py, over what an earlier run left: nothing of it leaks into the new one."""
-    out = copy()
-    assert call("train_pm.py", "--out", out, *SMALL["train_pm.py"]).code == 0
-    assert not any('"rl"' in line for line in metrics(out))  # they were about another PM
-    assert call("train_rl.py", "--out", out, *SMALL["train_rl.py"]).code == 0
-    assert_same_run(trained[0], out)
-
-
-def test_another_seed_another_run(trained, copy, tmp_path, call):
-    """Every stage depends on the seed: the LM; and, on top of one and the same LM, the other four."""
-    for seed in (0, 1):
-        args = ["--out", tmp_path / str(seed), *LM, "--lm.documents", 40, "--cd.documents", 0, "--seed", seed]
-        assert call("train_lm.py", *args).code == 0
-    assert not set(metrics(tmp_path / "0")) & set(metrics(tmp_path / "1"))
-    assert not torch.equal(*(weights(tmp_path / str(seed) / "lm.pt")["positions.weight"] for seed in (0, 1)))
-
-    out = copy(*since("initial.pt"))
-    config = (out / "config.json").read_text()
-    assert config.count('"seed": 0') == 1
-    (out / "config.json").write_text(config.replace('"seed": 0', '"seed": 1'))
-    assert call("train_rl.py", "--out", out, "--seed", 1, *SMALL["train_rl.py"]).code == 0
-    differing = set(metrics(out)) ^ set(metrics(trained[0]))
-    assert all(line in differing for line in metrics(out) if '"stage": "lm"' not in line)
-    for name in since("initial.pt"):
-        a, b = weights(trained[0] / name), weights(out / name)
-        assert all(not torch.equal(a[k], b[k]) for k in a if a[k].dim() == 2), name
-    for file in ("samples.txt", "comparisons/helpful-base/train.jsonl", "comparisons/harmless-base/test.jsonl"):
-        assert (out / file).read_bytes() != (trained[0] / file).read_bytes()
-
-
-# ------------------------------------------------------------------------------ (3) kill and resume
-
-
-class Killed(BaseException):
-    """Stands for the death of the process: no handler of the commands may catch it."""
-
-
-def kill_at(monkeypatch, name: str, k: int, before: bool = False):
-    """From now on, die right after (or right before) the k-th time that a file called `name` gets its new content."""
-    count, replace = [0], os.replace
-
-    def dying(source, target):
-        mine = Path(target).name == name
-        count[0] += mine
-        if mine and before and count[0] == k:
-            raise Killed
-        replace(source, target)
-        if mine and count[0] == k:
-            raise Killed
-    monkeypatch.setattr(os, "replace", dying)
-
-
-def test_killed_in_every_stage_and_resumed(trained, tmp_path, call, monkeypatch, capsys):
-    """A real SIGKILL in stage 1, then a death in the middle of each stage; the result is that of an undisturbed run."""
-    out, args = tmp_path / "killed", ["--out", tmp_path / "killed", *SMALL["train_rl.py"]]
-    process = subprocess.Popen([sys.executable, "train_rl.py", *map(str, args)], cwd=ROOT, env=ENV,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "lm_state.pt").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (out / "lm.pt").exists()
-
-    resumed = "[1] "  # what a command says of the stage that died in the one before
-    for (stage, name), then in zip(STAGE.items(), ("from step 200", *["from step 50"] * 3, "from iteration 1")):
-        with monkeypatch.context() as patch:
-            # Two are saved before the first step, the first of them empty; of stage 1 that was before the SIGKILL.
-            kill_at(patch, f"{stage}_state.pt", 2 if stage == "lm" else 3)
-            with pytest.raises(Killed):
-                call("train_rl.py", *args, "--resume")
-        said = capsys.readouterr().out
-        assert resumed in said and (out / f"{stage}_state.pt").exists() and not (out / name).exists(), (stage, said)
-        resumed = then
-    result = call("train_rl.py", *args, "--resume")
-    assert result.code == 0 and "from iteration 1" in result.out and result.out.count("is there") == 4
-    assert not list(out.glob("*_state.pt")) and not list(out.rglob("*.tmp"))
-    assert_same_run(trained[0], out)
-
-
-@pytest.mark.parametrize("k, before", [(4, True), (5, False)])
-def test_killed_while_saving(trained, copy, call, monkeypatch, k, before):
-    """Killed between writing the temporary file and renaming it, or right after: both ways resume."""
-    out = copy("policy.pt")
-    args = ["--out", out, *SMALL["train_rl.py"]]
-    with monkeypatch.context() as patch:
-        kill_at(patch, "rl_state.pt", k, before)
-        with pytest.raises(Killed):
-            call("train_rl.py", *args)
-    assert len(list(out.glob("*.tmp"))) == before
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"stage": "rl", "step": 4, "sco')  # the line that was being written
-    result = call("train_rl.py", *args, "--resume")
-    assert result.code == 0 and f"from iteration {k - 2 - before}" in result.out
-    assert_same_run(trained[0], out)
-    assert not list(out.glob("*.tmp"))
-
-
-def test_killed_and_not_resumed_starts_the_stage_over(trained, copy, call, monkeypatch):
-    out = copy("policy.pt")
-    args = ["--out", out, *SMALL["train_rl.py"]]
-    with monkeypatch.context() as patch:
-        kill_at(patch, "rl_state.pt", 2)
-        with pytest.raises(Killed):
-            call("train_rl.py", *args)
-    result = call("train_rl.py", *args)
-    assert result.code == 0 and "rl_state.pt" in result.out and "starts over" in result.out
-    assert_same_run(trained[0], out)
-
-
-@pytest.mark.parametrize("stage", STAGE)
-def test_resume_with_other_options_is_refused(copy, call, monkeypatch, stage):
-    out = copy(*since(STAGE[stage]))
-    with monkeypatch.context() as patch:
-        kill_at(patch, f"{stage}_state.pt", 1)
-        with pytest.raises(Killed):
-            call("train_rl.py", "--out", out, *SMALL["train_rl.py"])
-    before = files(out)
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--resume", f"--{stage}.lr", "1e-5")
-    assert_one_sentence(result, out, f"--{stage}.lr")
-    assert files(out) == before
-
-
-def test_resume_does_not_mix_in_comparisons_of_other_options(copy, call, monkeypatch):
-    """Killed after the comparisons were labelled, before the PM's first state: there is nothing to go on from but
-    these files, and with other options (here another temperature of the crowdworkers) they are wrong."""
-    out = copy(*since("pm.pt"))
-    with monkeypatch.context() as patch:
-        kill_at(patch, "test.jsonl", 2)
-        with pytest.raises(Killed):
-            call("train_pm.py", "--out", out, *SMALL["train_pm.py"])
-    result = call("train_pm.py", "--out", out, *SMALL["train_pm.py"], "--pm.noise", 5, "--pm.helpful", 40, "--resume")
-    assert result.code or "sampled helpful train: read 40" in result.out, result.out
-
-
-@pytest.mark.parametrize("script, option, value", [
-    ("train_lm.py", "--lm.vocab", 500), ("train_pm.py", "--lm.lr", 1e-4), ("train_rl.py", "--lm.documents", 400),
-    ("train_pm.py", "--cd.lr", 1e-4), ("train_rl.py", "--cd.documents", 0), ("train_pm.py", "--pmp.pairs", 0),
-    ("train_rl.py", "--pm.noise", 3), ("train_rl.py", "--pm.lr", 1e-4)])
-def test_other_options_of_a_finished_stage_are_not_ignored_in_silence(copy, call, script, option, value):
-    """What earlier stages leave is there, made with other options than now asked for: say so, or make it anew."""
-    out = copy(*since(MAKES[script]))
-    small = [*SMALL[script], *("--lm.documents 60 --cd.documents 0".split() if script == "train_lm.py" else ())]
-    result = call(script, "--out", out, *small, option, value)
-    if option == "--lm.vocab" and result.code == 0:
-        assert len(json.loads((out / "tokenizer.json").read_text())["tokens"]) + 2 == value
-    else:
-        told = result.out + result.err
-        assert option in told or "other options" in told or "other --" in told or "runs first" in told, told[:600]
-
-
-def test_a_new_lm_makes_the_old_pm_invalid(copy, call):
-    """train_lm.py over a finished folder: pm.pt was made from, and for, another LM."""
-    out, short = copy("policy.pt"), "--lm.documents 50 --cd.documents 0".split()
-    assert call("train_lm.py", "--out", out, *SMALL["train_lm.py"], *short).code == 0
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"], *short)
-    assert result.code or "pm.pt is there" not in result.out, result.out[:400]
-
-
-@pytest.mark.parametrize("changed, missing", [
-    ("lm.pt", ["pmp.pt", "pm.pt", "policy.pt"]), ("lm.pt", ["initial.pt", "pm.pt", "policy.pt"]),
-    ("lm.pt", ["pm.pt", "policy.pt"]), ("initial.pt", ["policy.pt"]), ("pmp.pt", ["policy.pt"])])
-def test_what_rests_on_another_checkpoint_is_not_used(copy, call, changed, missing):
-    """E.g. lm.pt was made anew and initial.pt was not. What is missing is made, and then there is one sentence."""
-    out = copy(*missing)
-    spoil(out / changed)
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"])
-    assert result.code and not (out / "policy.pt").exists()
-    assert_one_sentence(result, out / changed)
-
-
-@pytest.mark.parametrize("stage, changed", [
-    ("cd", "lm.pt"), ("pmp", "lm.pt"), ("pm", "initial.pt"), ("pm", "pmp.pt"), ("rl", "initial.pt"), ("rl", "pm.pt")])
-def test_a_state_that_rests_on_another_checkpoint_is_not_resumed(copy, call, monkeypatch, stage, changed):
-    out = copy(*since(STAGE[stage]))
-    with monkeypatch.context() as patch:
-        kill_at(patch, f"{stage}_state.pt", 2)
-        with pytest.raises(Killed):
-            call("train_rl.py", "--out", out, *SMALL["train_rl.py"])
-    spoil(out / changed)
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--resume")
-    assert result.code and (out / f"{stage}_state.pt").exists() and not (out / STAGE[stage]).exists()
-    assert_one_sentence(result, out / changed)
-
-
-@pytest.mark.parametrize("script, changed, stale", [
-    ("train_lm.py", "lm.pt", "initial.pt"), ("train_pm.py", "initial.pt", "pm.pt"), ("train_rl.py", "pm.pt", "policy.pt")])
-def test_a_result_that_rests_on_another_checkpoint_is_not_complete(copy, call, script, changed, stale):
-    """--resume has nothing to resume, but what is there was not trained from what is there."""
-    out = copy()
-    spoil(out / changed)
-    assert_one_sentence(call(script, "--out", out, *SMALL[script], "--resume"), out / stale, out / changed)
-
-
-def test_resume_of_a_finished_stage_names_other_options(copy, call):
-    result = call("train_rl.py", "--out", copy(), *SMALL["train_rl.py"], "--resume", "--rl.iterations", 9)
-    assert result.code == 0 and "in spite of --rl.iterations was 4, now 9" in result.out
-
-
-def test_stopped_before_the_first_step(copy, call, monkeypatch):
-    """Trained anew over a finished folder, with other options, and stopped while the comparisons are sampled: the old
-    PM is not taken for the new one."""
-    out, args = copy(), [*SMALL["train_rl.py"], "--pm.helpful", 40]
-    with monkeypatch.context() as patch:
-        kill_at(patch, "train.jsonl", 1)
-        with pytest.raises(Killed):
-            call("train_pm.py", "--out", out, *SMALL["train_pm.py"], "--pm.helpful", 40)
-    result = call("train_rl.py", "--out", out, *args)
-    assert result.code == 0 and "pm.pt is unfinished" in result.out and "sampled helpful train: read 40" in result.out
-
-
-def test_distillation_that_is_left_out_after_all(copy, call, monkeypatch):
-    """Killed in stage 2, then asked for --cd.documents 0: nothing of the first attempt is left."""
-    out = copy(*since("initial.pt"))
-    with monkeypatch.context() as patch:
-        kill_at(patch, "cd_state.pt", 1)
-        with pytest.raises(Killed):
-            call("train_pm.py", "--out", out, *SMALL["train_pm.py"])
-    args = ["--out", out, *SMALL["train_pm.py"], "--cd.documents", 0, "--pmp.pairs", 0]
-    result = call("train_pm.py", *args)
-    assert result.code == 0 and "[2] context distillation: none" in result.out
-    assert "[3] preference-model pretraining: none" in result.out
-    lm, initial = weights(out / "lm.pt"), weights(out / "initial.pt")
-    assert all(torch.equal(lm[k], initial[k]) for k in lm) and not list(out.glob("*_state.pt"))
-    result = call("train_pm.py", *args)
-    assert result.code == 0 and result.out.count("is there and used as it is") == 3, result.out
-
-
-def test_ctrl_c_names_resume(copy, call, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(ppo, "update", interrupted)
-    result = call("train_rl.py", "--out", copy("policy.pt"), *SMALL["train_rl.py"])
-    assert result.code not in (0, None) and "--resume" in result.err and len(result.err.strip().splitlines()) == 1
-
-
-# ------------------------------------------------------------------------------ (4) mistakes: the data
-
-
-def rows(n: int, name: str) -> list[dict]:
-    """n comparisons of one to three exchanges, in the format of HH-RLHF."""
-    rng = random.Random(name)
-    things = "bread soup tea rice a kite a boat a song a letter".split()
-    found = []
-    for i in range(n):
-        text = ""
-        for turn in range(i % 3):
-            text += f"{HUMAN} Tell me {turn} about {rng.choice(things)}.{ASSISTANT} It is {rng.choice(things)}."
-        text += f"{HUMAN} Question {name} {i}: how do I make {rng.choice(things)}?{ASSISTANT}"
-        found.append({"chosen": f"{text} Take your time, and ask for {rng.choice(things)} number {i}.",
-                      "rejected": f"{text} No, {rng.choice(things)}."})
-    return found
-
-
-def write(path: Path, content: list) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in content)
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
+def test_toy_train_and_test_are_disjoint_in_every_stage(trained):
+    """By text. A held-out question opens no training text of any stage, not even in passing."""
+    read = trained[1].read
+    held_out = set()
+    for stage, kinds in (("cd", 2), ("pmp", 1), ("pm", 2), ("rl", 2)):
+        texts = read[stage, "test"]
+        if stage == "cd":  # held-out documents for the KL, then held-out prompts for behavior
+            texts = [text for text in texts if text.endswith(ASSISTANT)]
+        assert len(texts) > 8
+        questions = set()
+        for text in texts:
+            prompt = text[:text.rfind(ASSISTANT)] if not text.endswith(ASSISTANT) else text
+            turns = prompt.removeprefix(toy_corpus.HHH_HEADER).split(HUMAN)
+            if len(turns) == 2:  # the only question, so it needs no context to be the same one
+                question = turns[1].removesuffix(ASSISTANT).strip()
+                for template in toy_corpus.FORUM_TEMPLATES:
+                    question = question.removeprefix(template.format(""))
+                questions.add(question)
+        assert len(questions) > 2
+        held_out |= questions
+    for stage in RESULTS:
+        texts = read[stage, "train"]
+        assert len(texts) > 20 and len(set(texts)) > 20
+        found = {question for question in held_out for text in texts if question in text}
+        assert not found, (stage, found)
+        # Documents are drawn anew for the test, and some short pages may agree by chance.
+        assert len(set(read[stage, "test"]) & set(texts)) < 0.1 * len(set(texts)), stage
+    assert set(read["lm", "train"]) - set(read["cd", "train"])
 
 
 def write_set(root: Path, extra=()) -> Path:
     for subset in ("helpful-base", "harmless-base"):
         for split, n in (("train", 30), ("test", 12)):
             name = f"{subset}/{split}"
-            write(root / f"{name}.jsonl.gz", [*rows(n, name), *(extra if name == "helpful-base/train" else ())])
+            more = extra if name == "helpful-base/train" else ()
+            write(root / f"{name}.jsonl.gz", [*rows(n, name), *more])
     return root
 
 
+def rows(n: int, name: str) -> list[dict]:
+    """n comparisons of one to three exchanges, in the format of HH-RLHF, that say their file."""
+    rng, found = random.Random(name), []
+    things = "bread soup tea rice a kite a boat a song a letter".split()
+    for i in range(n):
+        text = ""
+        for turn in range(i % 3):
+            text += f"{HUMAN} Tell me {turn} of {name}, {rng.choice(things)}.{ASSISTANT} It is."
+        text += f"{HUMAN} Question {name} {i}: how do I make {rng.choice(things)}?{ASSISTANT}"
+        found.append({"chosen": f"{text} Take your time, and ask for {rng.choice(things)} {i}.",
+                      "rejected": f"{text} No, {rng.choice(things)}."})
+    return found
+
+
+def write(path: Path, content: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = b""
+    for row in content:
+        raw += (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n"
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
 GOOD = rows(3, "good")
-REAL = "--tokenizer bpe --context 160 --lm.vocab 400 --lm.step-tokens 1000 --cd.documents 0".split()
+REAL = ("--tokenizer bpe --context 160 --lm.vocab 400 --lm.step-tokens 1000 --cd.documents 0 "
+        "--pm.batch 4").split()
 
 
-@pytest.mark.parametrize("bad, words", [
-    (b'{"chosen": ', ":3:"),
-    ({"rejected": GOOD[0]["rejected"]}, ":3: 'chosen'"),
-    ({"chosen": "Hello.", "rejected": GOOD[0]["rejected"]}, ":3: not a dialogue"),
-])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_bad_line_of_the_data(tmp_path, call, script, bad, words):
-    root = write_set(tmp_path / "set")
-    path = write(root / "helpful-base" / "train.jsonl.gz", [*GOOD[:2], bad, *GOOD])
-    result = call(script, "--data", root, "--out", tmp_path / "out", *REAL)
-    assert_one_sentence(result, f"{path}:3", *words.split()[1:])
-    assert not (tmp_path / "out" / "lm.pt").exists()
+def test_real_train_and_test_are_disjoint_in_every_stage(tmp_path, capsys):
+    """By text: each row of the data says in its question which file it is from."""
+    same = {"chosen": GOOD[0]["chosen"], "rejected": GOOD[0]["chosen"]}
+    empty = {"chosen": GOOD[1]["chosen"],
+             "rejected": GOOD[1]["chosen"].rsplit(ASSISTANT, 1)[0] + ASSISTANT + " "}
+    root, out = write_set(tmp_path / "set", [same, empty]), tmp_path / "out"
+    cheap = write(tmp_path / "cheap" / "harmless" / "train.jsonl", rows(30, "cheap/train"))
+    write(tmp_path / "cheap" / "harmless" / "test.jsonl", rows(12, "cheap/test"))
+    args = ["--data", root, "--out", out, *REAL, *RL.split(), "--pmp.data", cheap.parent.parent]
+    watch = watched("train_rl.py", *args)
+    said = capsys.readouterr().out
+    for stage in ("lm", "pmp", "pm", "rl"):
+        for split, other in (("train", "test"), ("test", "train")):
+            texts = watch.read[stage, split]
+            assert len(set(texts)) >= 5
+            for text in texts:
+                assert f"/{split} " in text or f"/{split}," in text, (stage, text)
+                assert f"/{other} " not in text and f"/{other}," not in text, (stage, text)
+                assert ("cheap/" in text) == (stage == "pmp") and "good" not in text
+    assert len(watch.read["lm", "train"]) == 60 and len(watch.read["pm", "train"]) == 120
+    assert all("Take your time" in text for text in watch.read["lm", "train"])  # the chosen side
+    for subset in ("helpful-base", "harmless-base"):
+        for stage in ("lm", "pm", "rl"):
+            assert any(subset in text for text in watch.read[stage, "test"])
+    for text in watch.read["rl", "train"] + watch.read["rl", "test"]:
+        assert text.endswith(f"?{ASSISTANT}")
+    assert "read 32, kept 30, dropped 2 (empty reply 1, identical pair 1)" in said
+    closing = said[said.index("held-out prompts"):]
+    assert "red-team" in closing and "true" not in closing  # no ground truth here
+    assert "Question h" in (out / "samples.txt").read_text()
+    assert not (out / "comparisons").exists()
 
 
-def test_a_bad_line_in_the_test_split_is_found_before_training(tmp_path, call):
-    """The LM stage needs the test split only at its end: minutes, or hours, after the start."""
-    root = write_set(tmp_path / "set")
-    path = write(root / "harmless-base" / "test.jsonl.gz", [*GOOD, b"{"])
-    result = call("train_lm.py", "--data", root, "--out", tmp_path / "out", *REAL)
-    assert_one_sentence(result, f"{path}:4")
-    assert not any('"loss"' in line for line in metrics(tmp_path / "out")) if (
-        tmp_path / "out" / "metrics.jsonl").exists() else True
+def test_comparisons_are_finished_replies_to_their_own_prompts(trained):
+    """Held against all that was sampled in stage 4."""
+    out, watch = trained
+    finished, counted = {}, 0
+    for stage, prompt, reply, ended in watch.sampled:
+        if stage == "pm" and ended:
+            finished.setdefault(prompt, []).append(reply)
+    for kind in ("helpful", "harmless"):
+        for split in ("train", "test"):
+            path = out / "comparisons" / f"{kind}-base" / f"{split}.jsonl"
+            for row in map(json.loads, path.read_text().splitlines()):
+                prompt, chosen, rejected = data.split_comparison(row["chosen"], row["rejected"])[0]
+                assert chosen in finished[prompt] and rejected in finished[prompt]
+                assert chosen != rejected and chosen.strip() and rejected.strip()
+                p = toy.preference(prompt, chosen, rejected, kind, 0.5)
+                assert row["p_chosen"] == pytest.approx(p)
+                assert (toy.understand(prompt).skill.name == "red-team") == (kind == "harmless")
+                counted += 1
+    for comparison, weight in watch.weights["pm"]:  # lambda is 3
+        is_harmless = toy.understand(comparison.prompt).skill.name == "red-team"
+        assert weight == (3 if is_harmless else 1)
+    assert counted > 40 and any(not ended for stage, *_, ended in watch.sampled if stage == "pm")
 
 
-def test_truncated_gzip(tmp_path, call):
-    path = write(tmp_path / "cut.jsonl.gz", rows(200, "cut"))
-    path.write_bytes(path.read_bytes()[:-300])
-    assert_one_sentence(call("train_pm.py", "--data", path, "--out", tmp_path / "out", *REAL), "cut.jsonl.gz", "gzip")
+def test_the_accuracy_of_stage_4_from_its_files(trained):
+    """Rebuilt from pm.pt and the comparisons on disk: row by row, without pads, in float64. Scores
+    are of the order of 1, sums of some 100 terms: float32 may be off by 6e-8 x 100 < 1e-5."""
+    out = trained[0]
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        run = Run(RunConfig(out=str(out), device="cpu"))
+    run.shape = GPTConfig(**load(out / "pm.pt")["config"])
+    run.load_tokenizer()
+    pm = run.load_model("pm.pt").double()
+    margins, ceilings, every_score = {"all": []}, {"all": []}, []
+    for kind in ("helpful", "harmless"):
+        margins[kind], ceilings[kind] = [], []
+        path = out / "comparisons" / f"{kind}-base" / "test.jsonl"
+        for row in map(json.loads, path.read_text().splitlines()):
+            scores = []
+            for side in ("chosen", "rejected"):
+                ids = run.tok.encode_dialogue(row[side]) + [run.tok.end_of_context]
+                scores.append(pm(torch.tensor([ids]))[0, -1].item())
+            every_score += scores
+            for name in (kind, "all"):
+                margins[name].append(scores[0] - scores[1])
+                ceilings[name].append(max(row["p_chosen"], 1 - row["p_chosen"]))
+    reported = {line["subset"]: line for line in lines(out, "pm") if "subset" in line}
+    assert set(reported) == {"helpful", "harmless", "all"}
+    for name, line in reported.items():
+        n = len(margins[name])
+        assert line["n"] == n > 3
+        hits = sum(m > 1e-5 for m in margins[name])
+        unsure = sum(abs(m) <= 1e-5 for m in margins[name])
+        assert hits / n - 1e-6 <= line["accuracy"] <= (hits + unsure) / n + 1e-6
+        loss = sum(math.log1p(math.exp(-m)) for m in margins[name]) / n
+        assert line["loss"] == pytest.approx(loss, abs=1e-5)
+        assert line["bayes"] == pytest.approx(sum(ceilings[name]) / n, abs=1e-6)
+    # The mean of all held-out scores was subtracted, and it was not 0 before.
+    assert abs(sum(every_score) / len(every_score)) < 1e-5 < abs(pm.mean.item())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_no_such_data(tmp_path, call, script):
-    args = ["--data", tmp_path / "typo", "--out", tmp_path / "out"]
-    results = [call(script, *args)] + ([shell(script, *args)] if script == "train_rl.py" else [])
-    for result in results:  # in a process of its own too: exit status and standard error are what a user gets
-        assert_one_sentence(result, tmp_path / "typo")
-    assert results[0] == results[-1] and not (tmp_path / "out").exists()
+def test_schedules_and_optimizers_of_all_stages(trained):
+    """Each step's learning rate, betas, weight decay and clipping, by the documented formulas."""
+    steps = trained[1].steps
+    n = {stage: len(found) for stage, found in steps.items()}
+    assert n["cd"] == 7 and n["pmp"] == 7 and n["rl"] == 5 * 2 and n["lm"] > 15 and n["pm"] > 8
+    lm, cd, pmp, pm, rl = (CONFIGS[stage]() for stage in RESULTS)
+    expected = {
+        "lm": lambda i: lm.lr * min(1, (i + 1) / 7) * (1 + math.cos(math.pi * i / n["lm"])) / 2,
+        "cd": lambda i: cd.lr * (1 - i / n["cd"]),
+        "pmp": lambda i: pmp.lr * min(1, (i + 1) / 3),
+        "pm": lambda i: pm.lr * min(1, (i + 1) / 4),
+        "rl": lambda i: rl.lr * min(1, (i // 2 + 1) / 3),  # two minibatches an iteration
+    }
+    clip = {"lm": 0.6, "cd": 0.01, "pmp": 0.02, "pm": 0.03, "rl": 0.05}
+    for stage, found in steps.items():
+        for i, groups in enumerate(found):
+            for group in groups:
+                assert group["betas"] == ((0.9, 0.98) if stage == "lm" else (0.9, 0.95))
+                assert group["kind"] == ("Adam" if stage == "rl" else "AdamW")
+                assert group["eps"] == (1e-5 if stage == "rl" else 1e-8)
+                decay = lm.weight_decay if stage == "lm" and group is groups[0] else 0
+                assert group["weight_decay"] == decay, stage
+            assert groups[0]["lr"] == pytest.approx(expected[stage](i)), (stage, i)
+            ratio = rl.critic_lr / rl.lr if stage == "rl" else 1
+            assert groups[-1]["lr"] == pytest.approx(ratio * expected[stage](i)), (stage, i)
+            norms = [group["norm"] for group in groups]
+            if stage != "rl":  # in RL, policy and critic are clipped each by itself
+                norms = [math.hypot(*norms)]
+            # float32 norms of 30,000 numbers, and clip_grad_norm_'s 1e-6
+            assert max(norms) <= clip[stage] * 1.001, (stage, i)
+        largest = max(group["norm"] for groups in found for group in groups)
+        assert largest > 0.9 * clip[stage], stage  # clipping was needed
+    assert steps["lm"][0][0]["dims"] == {2} and steps["lm"][0][1]["dims"] == {1}
 
 
-def test_data_without_usable_rows(tmp_path, call):
-    (tmp_path / "empty").mkdir()
-    assert_one_sentence(call("train_pm.py", "--data", tmp_path / "empty", "--out", tmp_path / "o", *REAL), "empty")
-    path = write(tmp_path / "same.jsonl", [{"chosen": GOOD[0]["chosen"], "rejected": GOOD[0]["chosen"]}])
-    assert_one_sentence(call("train_pm.py", "--data", path, "--out", tmp_path / "p", *REAL), "identical pair 1")
-    path = write(tmp_path / "few.jsonl", GOOD[:1])  # all of it lands in one split
-    assert_one_sentence(call("train_pm.py", "--data", path, "--out", tmp_path / "q", *REAL), "few.jsonl")
+def test_table_and_samples_are_of_the_saved_models(trained):
+    """Evaluated again from the checkpoints: the first and the last line of stage 5."""
+    out = trained[0]
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        run, config = evaluate.open_run(str(out), "cpu")
+        policy, initial = run.load_model("policy.pt"), run.load_model("initial.pt")
+        pm = run.load_model("pm.pt")
+    cfg = train_rl.RLConfig(**config["rl"])
+    prompts = evaluate.Prompts(run, cfg.max_response, cfg.harmless_share).held_out(6)
+    assert prompts.kinds.count("harmless") > 0 and len(prompts.ids) == 9
+    columns, samples = [], (out / "samples.txt").read_text()
+    for model, line, name in ((initial, 0, "initial:"), (policy, -1, "RLHF:")):
+        numbers, replies = evaluate.evaluate(run, cfg, model, initial, pm, prompts)
+        logged = lines(out, "rl")[line]
+        for key, number in numbers.items():
+            found = logged[f"eval_{key}"]
+            assert found == pytest.approx(number, abs=2e-6) or math.isnan(number), key
+        columns.append(numbers)
+        assert f"{name:<12}"[:8] + replies[0] in samples
+    assert columns[0]["kl"] == 0 != columns[1]["kl"]
+    policies, references, pms = map(list, zip(*trained[1].judges))  # the first two are one
+    assert policies == references[:1] + policies[-1:] * 3 and len(set(pms)) == 1
+    assert len(set(references)) == 1 and policies[0] != policies[1]
 
 
-def test_a_data_mistake_can_be_mended_in_place(tmp_path, call):
-    """The folder of a command that failed at once must not refuse the corrected command."""
-    bad, good = write(tmp_path / "bad.jsonl", [b"{"]), write_set(tmp_path / "set")
-    out = ["--out", tmp_path / "out", *REAL]
-    assert_one_sentence(call("train_lm.py", "--data", bad, *out), "bad.jsonl:1")
-    assert call("train_lm.py", "--data", good, *out).code == 0
+# ---- 3. Repeating, killing, resuming -----------------------------------------
 
 
-# ------------------------------------------------------------------------------ (4) mistakes: the options
-
-
-@pytest.mark.parametrize("option, value, words", [
-    ("--size", "7B", "toy gpt2 13M"), ("--tokenizer", "word", "bpe gpt2"), ("--device", "nosuch", "cpu"),
-    ("--device", "cuda:99", "cpu"), ("--device", "mps", "cpu"),
-    pytest.param("--device", "meta", "cpu"), ("--tokenizer", "gpt2", "toy"),
-    ("--context", "-5", "-5")])
-def test_unknown_choice(tmp_path, call, option, value, words):
-    result = call("train_rl.py", option, value, "--out", tmp_path / "out", *SMALL["train_rl.py"])
-    assert_one_sentence(result, option, value, *words.split())
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("args", [["--no-such-option"], ["--rl.batch", "many"], ["--lm.lr", "fast"], ["--seed", "1.5"],
-                                  ["--out"], ["stray"]])
-def test_argparse_speaks_for_itself(tmp_path, call, args):
-    result = call("train_rl.py", *args)
-    assert result.code == 2 and args[0] in result.err and "Traceback" not in result.err
-
-
-def test_an_option_of_a_later_stage(call):
-    result = call("train_lm.py", "--rl.batch", "3")
-    assert result.code == 2 and "unrecognized arguments: --rl.batch" in result.err
-
-
-NUMBERS = {
-    "train_lm.py": [("--context", "1"), ("--lm.documents", "0"), ("--lm.documents", "-1"), ("--lm.vocab", "10"),
-                    ("--lm.step-tokens", "0"), ("--lm.step-tokens", "-1"), ("--lm.warmup", "-1"), ("--lm.lr", "nan"),
-                    ("--lm.lr", "-1"), ("--lm.max-grad-norm", "-1"), ("--lm.weight-decay", "-1"),
-                    ("--cd.documents", "-1"), ("--cd.batch", "0"), ("--cd.top", "0"), ("--cd.lr", "nan"),
-                    ("--cd.max-grad-norm", "0")],
-    "train_pm.py": [("--pm.helpful", "-1"), ("--pm.harmless", "-1"), ("--pm.test", "0"), ("--pm.noise", "0"),
-                    ("--pm.noise", "-1"), ("--pm.max-response", "0"), ("--pm.max-response", "500"), ("--pm.batch", "0"),
-                    ("--pm.lr", "nan"), ("--pm.lr", "-1"), ("--pm.warmup", "-1"), ("--pm.token-budget", "-1"),
-                    ("--pm.harmless-weight", "-1"), ("--pmp.pairs", "-1"), ("--pmp.batch", "0"), ("--pmp.lr", "inf"),
-                    ("--pmp.warmup", "-1"), ("--pmp.token-budget", "-1"), ("--pmp.max-grad-norm", "0")],
-    "train_rl.py": [("--rl.iterations", "-1"), ("--rl.batch", "0"), ("--rl.batch", "-1"), ("--rl.minibatch", "0"),
-                    ("--rl.passes", "0"), ("--rl.max-response", "0"), ("--rl.max-response", "-1"),
-                    ("--rl.max-response", "185"), ("--rl.lr", "nan"), ("--rl.lr", "-1"), ("--rl.critic-lr", "-1"),
-                    ("--rl.warmup", "-1"), ("--rl.clip", "-0.1"), ("--rl.value-clip", "-0.1"), ("--rl.kl-coef", "-1"),
-                    ("--rl.gamma", "1.5"), ("--rl.gae-lambda", "1.5"), ("--rl.temperature", "0"),
-                    ("--rl.temperature", "-1"), ("--rl.token-budget", "-1"), ("--rl.harmless-share", "2"),
-                    ("--rl.harmless-share", "-1"), ("--rl.eval-every", "0"), ("--rl.eval-prompts", "0"),
-                    ("--rl.save-every", "0"), ("--rl.slots", "-1")],
-}
-
-
-@pytest.mark.parametrize("script, option, value", [
-    (s, *case) for s in SCRIPTS for case in NUMBERS[s]])
-def test_impossible_number(copy, tmp_path, call, script, option, value):
-    """One sentence that names the option, before anything is trained; the same command corrected then works."""
-    out = tmp_path / "out" if script == "train_lm.py" else copy(*since(MAKES[script]))
-    result = call(script, "--out", out, *SMALL[script], option, value)
-    assert_one_sentence(result, option, value)
-    assert not (out / MAKES[script]).exists()
-
-
-@pytest.mark.parametrize("script, option", [
-    ("train_lm.py", "--lm.warmup"), ("train_lm.py", "--cd.documents"),
-    ("train_pm.py", "--pmp.pairs"), ("train_pm.py", "--pmp.warmup"),
-    ("train_pm.py", "--pm.warmup"), ("train_pm.py", "--pm.token-budget"), ("train_pm.py", "--pm.harmless"),
-    ("train_pm.py", "--pm.helpful"), ("train_pm.py", "--pm.harmless-weight"), ("train_rl.py", "--rl.warmup"),
-    ("train_rl.py", "--rl.harmless-share"), ("train_rl.py", "--rl.kl-coef"), ("train_rl.py", "--rl.slots")])
-def test_zero_is_a_number(copy, tmp_path, call, script, option):
-    """No warm-up, one kind of comparison only, no KL penalty, a stage left out: sensible wishes."""
-    out = tmp_path / "out" if script == "train_lm.py" else copy(*since("pmp.pt" if "pmp" in option else MAKES[script]))
-    small = [*SMALL[script], *("--lm.documents 50 --cd.documents 4".split() if script == "train_lm.py" else ())]
-    result = call(script, "--out", out, *small, option, "0")
-    assert result.code == 0, result.err
-    assert (out / MAKES[script]).exists()
-
-
-@pytest.mark.parametrize("context", [30, 60])
-def test_context_too_short_for_the_toy_prompts(tmp_path, call, context):
-    result = call("train_rl.py", "--out", tmp_path / "out", *SMALL["train_rl.py"], "--lm.documents", 60,
-                  "--context", context)
-    assert_one_sentence(result, f"--context {context}")
-    assert not (tmp_path / "out" / "pm.pt").exists()
-
-
-def test_context_too_short_for_real_prompts(tmp_path, call):
-    root = write_set(tmp_path / "set")
-    result = call("train_rl.py", "--data", root, "--out", tmp_path / "out", *REAL, *RL, "--context", 60,
-                  "--rl.max-response", 50)
-    assert_one_sentence(result, "--context 60")
-    assert not (tmp_path / "out" / "lm.pt").exists()
-    result = call("train_pm.py", "--data", root, "--out", tmp_path / "out2", *REAL, "--context", 12)
-    assert_one_sentence(result, "context")
-
-
-# ------------------------------------------------------------------------------ (4) mistakes: the output folder
-
-
-def test_folder_of_another_run_is_refused(copy, call):
+def test_stages_one_by_one_are_the_same_run(trained, copy, call, run_all):
+    """Over what an earlier run left: nothing of it leaks into the new one."""
     out = copy()
-    before = files(out)
-    for args in (["--seed", 1], ["--context", 100], ["--size", "gpt2"]):
-        for script in SCRIPTS:
-            assert_one_sentence(call(script, "--out", out, *SMALL[script], *args), out, args[0].strip("-"))
-    assert files(out) == before
+    assert call("train_pm.py", "--out", out, *small("train_pm.py")).code == 0
+    assert not lines(out, "rl")  # they were about another PM
+    result = run_all(out)
+    assert result.code == 0 and result.out.count("is there and used as it is") == 4
+    assert content(out) == content(trained[0])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_output_below_a_file(tmp_path, call, script):
-    (tmp_path / "file").write_text("precious")
-    for out in (tmp_path / "file", tmp_path / "file" / "out"):
-        assert_one_sentence(call(script, "--out", out, *SMALL[script]), out)
-    assert (tmp_path / "file").read_text() == "precious"
+def test_another_seed_changes_every_stage(trained, copy, run_all):
+    """On top of one and the same LM."""
+    out = copy("cd")
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace('"seed": 0', '"seed": 1'))
+    assert run_all(out, "--seed", 1).code == 0
+    one, two = content(out), content(trained[0])
+    assert {name for name in one if one[name] == two[name]} == {"lm.pt", "tokenizer.json"}
+    same = [line for line in one["metrics.jsonl"] if line in two["metrics.jsonl"]]
+    assert {line["stage"] for line in same} == {"lm"}
 
 
-class Code:
-    """Unpickling this would run a command."""
+def test_killed_at_each_write_and_resumed(trained, tmp_path, run_all, monkeypatch):
+    """A death at each file that a run writes, in all five stages; and a Ctrl-C in each. Takes
+    seconds, because each of some fifty lives reads its data again."""
+    out, seen, deaths, interrupts = tmp_path / "killed", set(), 0, 0
 
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def broken_checkpoints(out: Path, name: str):
-    """(what is wrong, bytes or object to save) for a file that should hold a model."""
-    good = torch.load(out / name, weights_only=True)
-    raw = (out / name).read_bytes()
-    other_config = {**good["config"], "d_model": 96}
-    yield "another shape", dict(good, config=other_config)
-    yield "another tokenizer", dict(good, tokenizer="0" * 16)
-    yield "truncated", raw[:len(raw) // 2]
-    yield "empty", b""
-    yield "text", b"hello\n"
-    yield "other weights", dict(good, model={k: v for k, v in list(good["model"].items())[1:]})
-    yield "other sizes", dict(good, model={k: v[:1] if v.dim() else v for k, v in good["model"].items()})
-    yield "no weights", {k: v for k, v in good.items() if k != "model"}
-    yield "a tensor", torch.zeros(3)
-    yield "a list", [1, 2]
-
-
-@pytest.mark.parametrize("script, name", [
-    ("train_pm.py", "lm.pt"), ("train_pm.py", "initial.pt"), ("train_pm.py", "pmp.pt"),
-    ("train_rl.py", "initial.pt"), ("train_rl.py", "pm.pt")])
-def test_broken_checkpoint(copy, call, script, name):
-    out = copy(*since("pmp.pt" if name == "lm.pt" else MAKES[script]))
-    wrong = {}
-    for what, content in list(broken_checkpoints(out, name)):
-        (out / name).unlink()
-        (out / name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, out / name)
-        try:
-            assert_one_sentence(call(script, "--out", out, *SMALL[script]), out / name)
-        except Exception as error:
-            wrong[what] = repr(error)
-        except AssertionError as error:
-            wrong[what] = str(error)[:200]
-        if (out / MAKES[script]).exists():
-            wrong[what] = "was accepted"
-            (out / MAKES[script]).unlink()
-    assert not wrong
+    def interrupted(optimizer, *_):
+        stage = f"{len(optimizer.param_groups)} groups, {optimizer.defaults['lr']}"
+        stage += str({name for name in os.listdir(out) if name.endswith("_state.pt")})
+        if len(optimizer.state) and stage not in seen:
+            seen.add(stage)
+            raise KeyboardInterrupt
+    hook = register_optimizer_step_pre_hook(interrupted)
+    try:
+        while True:
+            with monkeypatch.context() as patch:
+                die_at_a_new_write(patch, seen, before_odd=False)
+                try:
+                    result = run_all(out, "--resume")
+                    if result.code == 0:
+                        break
+                    assert result.code == 130 and "--resume continues" in result.err
+                    interrupts += 1
+                except Killed:
+                    deaths += 1
+            if (out / "metrics.jsonl").exists():
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write('{"stage": "rl", "step": 4, "sco')  # what was being written
+    finally:
+        hook.remove()
+    assert interrupts == 5 and deaths > 30
+    assert content(out) == content(trained[0])
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("script, name", [
-    ("train_pm.py", "lm.pt"), ("train_pm.py", "initial.pt"), ("train_pm.py", "pmp.pt"), ("train_rl.py", "pm.pt"),
-    *(("train_rl.py", f"{stage}_state.pt") for stage in STAGE)])
-def test_code_in_a_checkpoint_is_not_run(copy, tmp_path, call, script, name):
-    out = copy(*since("pmp.pt" if name == "lm.pt" else MAKES[script]))
-    for save in (lambda x, p: torch.save(x, p), lambda x, p: p.write_bytes(pickle.dumps(x))):
-        save({"model": Code(tmp_path / "ran")}, out / name)
-        assert_one_sentence(call(script, "--out", out, *SMALL[script], "--resume"), out / name)
-        assert not (tmp_path / "ran").exists()
-    pickle.loads(pickle.dumps(Code(tmp_path / "ran")))
-    assert (tmp_path / "ran").exists()  # the bait would have worked
+@pytest.mark.parametrize("stage", RESULTS)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_never_reaches_a_checkpoint(trained, copy, run_all, monkeypatch, stage, what):
+    """In the step before a save, or in the last one: one sentence, and no spoiled weights. A run
+    that is resumed after it ends as if nothing had happened."""
+    out, count = copy(stage), [0]
+    older = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    owner, name = {"lm": (train_lm, "lm_loss"), "cd": (train_lm, "distillation_loss"),
+                   "rl": (ppo, "value_loss")}.get(stage, (train_pm, "ranking_loss"))
+    bad_step = 3 if what == "loss" else len(trained[1].steps[stage]) - 1
+    loss, clip = getattr(owner, name), torch.nn.utils.clip_grad_norm_
+    n_clips = 2 if stage == "rl" else 1  # policy and critic
 
+    def broken_loss(*args):
+        is_bad = what == "loss" and torch.is_grad_enabled() and count[0] == bad_step * n_clips
+        return loss(*args) * (float("nan") if is_bad else 1.0)
 
-def test_broken_state(copy, call, monkeypatch):
-    out = copy("policy.pt")
-    with monkeypatch.context() as patch:
-        kill_at(patch, "rl_state.pt", 1)
-        with pytest.raises(Killed):
-            call("train_rl.py", "--out", out, *SMALL["train_rl.py"])
-    raw = (out / "rl_state.pt").read_bytes()
-    wrong = {}
-    contents = {"truncated": raw[:1000], "of another kind": (out / "lm.pt").read_bytes(), "empty": b""}
-    for what, content in contents.items():
-        (out / "rl_state.pt").write_bytes(content)
-        try:
-            assert_one_sentence(call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--resume"), "rl_state.pt")
-        except (Exception, AssertionError) as error:
-            wrong[what] = repr(error)[:200]
-    assert not wrong
-
-
-@pytest.mark.parametrize("name, content", [
-    pytest.param("config.json", "[]"), ("config.json", "{"), ("config.json", '{"run": {}}'),
-    pytest.param("config.json", '{"run": 3}'), ("config.json", b"\xff"),
-    ("tokenizer.json", "{}"), ("tokenizer.json", ""),
-    pytest.param("metrics.jsonl", b"\xff\xfe\n"),
-    pytest.param("metrics.jsonl", "5\n"),
-    pytest.param("metrics.jsonl", '{"step": 1}\n')])
-def test_broken_text_file(copy, call, name, content):
-    """One sentence that names the file; or the run goes on, where the file isn't needed (a line of metrics)."""
-    out = copy("policy.pt")
-    (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"])
-    if name != "metrics.jsonl" or result.code:
-        assert_one_sentence(result, out)
-
-
-def test_deleted_tokenizer_with_a_checkpoint(copy, call):
-    out = copy("policy.pt", "tokenizer.json")
-    assert_one_sentence(call("train_rl.py", "--out", out, *SMALL["train_rl.py"]), out / "tokenizer.json")
-
-
-# ------------------------------------------------------------------------------ (4) a full disk
-
-
-def fill_disk(monkeypatch, name: str, k: int):
-    """The k-th write of `name` finds the disk full half way."""
-    count, write_bytes = [0], Path.write_bytes
-
-    def full(self, content):
-        count[0] += self.name.startswith(name)
-        if self.name.startswith(name) and count[0] == k:
-            write_bytes(self, bytes(content)[:len(content) // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_bytes(self, content)
-    monkeypatch.setattr(Path, "write_bytes", full)
-
-
-def test_full_disk_keeps_the_last_state(trained, copy, call, monkeypatch):
-    out = copy("policy.pt")
-    args = ["--out", out, *SMALL["train_rl.py"]]
-    with monkeypatch.context() as patch:
-        fill_disk(patch, "rl_state.pt", 5)
-        assert_one_sentence(call("train_rl.py", *args), out / "rl_state.pt", "No space left")
-    result = call("train_rl.py", *args, "--resume")
-    assert result.code == 0 and "from iteration 2" in result.out
-    assert_same_run(trained[0], out)
-
-
-@pytest.mark.parametrize("name", FINAL + ["samples.txt", "metrics.jsonl", "config.json"])
-def test_full_disk_keeps_the_last_checkpoint(copy, call, monkeypatch, name):
-    script = dict(zip(FINAL, ("train_lm.py", "train_lm.py", "train_pm.py", "train_pm.py"))).get(name, "train_rl.py")
-    out = copy()
-    before = (out / name).read_bytes()
-    if name == "pmp.pt":
-        (out / "pmp_state.pt").touch()  # or what is there would be used
-    # Shorter stages 1 and 2: only whether they end well matters here.
-    short = "--lm.documents 50 --cd.documents 4".split() if script == "train_lm.py" else []
-    with monkeypatch.context() as patch:
-        fill_disk(patch, name, 1)
-        result = call(script, "--out", out, *SMALL[script], *short)
-    assert_one_sentence(result, out / name, "No space left")
-    assert (out / name).read_bytes() == before
-
-
-def test_a_write_that_really_fails(copy):
-    """RLIMIT_FSIZE makes the kernel refuse the bytes beyond the first MB of a file, as a full disk does."""
-    out = copy()
-    before = (out / "policy.pt").read_bytes()
-    assert len(before) > 2**20
-    result = shell("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--rl.save-every", 100,
-                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
-    assert_one_sentence(result, out / "rl_state.pt", "File too large")
-    assert (out / "policy.pt").read_bytes() == before
-
-
-# ------------------------------------------------------------------------------ (5) training that goes wrong
-
-
-def nan_at(monkeypatch, module, name: str, k: int):
-    """The k-th call (from 0) of a loss gives NaN."""
-    count, loss = [0], getattr(module, name)
-
-    def broken(*args):
-        count[0] += 1
-        return loss(*args) * (float("nan") if count[0] == k + 1 else 1.0)
-    monkeypatch.setattr(module, name, broken)
-
-
-def test_nan_in_the_lm(copy, call, monkeypatch):
-    out = copy(*since("pm.pt"))
-    (out / "lm.pt").rename(out / "kept.pt")
-    nan_at(monkeypatch, train_lm, "lm_loss", 205)
-    # Through train_pm.py, which trains the missing LM by the module that is patched here.
-    assert_one_sentence(call("train_pm.py", "--out", out, *SMALL["train_pm.py"]), "step 205", "nan")
-    assert not (out / "lm.pt").exists() and (out / "lm_state.pt").exists()
-    assert torch.load(out / "lm_state.pt", weights_only=True)["step"] == 200
-
-
-@pytest.mark.parametrize("stage, module, loss", [
-    ("cd", train_lm, "distillation_loss"), ("pmp", train_pm, "ranking_loss"), ("pm", train_pm, "ranking_loss")])
-def test_nan_in_stages_2_to_4(copy, call, monkeypatch, stage, module, loss):
-    out = copy(*since(STAGE[stage]))
-    earlier = {name: (out / name).read_bytes() for name in FINAL if (out / name).exists()}
-    nan_at(monkeypatch, module, loss, 51)
-    assert_one_sentence(call("train_rl.py", "--out", out, *SMALL["train_rl.py"]), "step 51", "nan")
-    assert earlier and {name: (out / name).read_bytes() for name in FINAL if (out / name).exists()} == earlier
-    assert torch.load(out / f"{stage}_state.pt", weights_only=True)["step"] == 50
-
-
-@pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
-def test_nan_in_rl(trained, copy, call, monkeypatch, name):
-    out = copy()
-    old = (out / "policy.pt").read_bytes()
-    with monkeypatch.context() as patch:
-        nan_at(patch, ppo, name, 2 * 2)  # two minibatches an iteration
-        assert_one_sentence(call("train_rl.py", "--out", out, *SMALL["train_rl.py"]), "iteration 2", "nan")
-    assert (out / "policy.pt").read_bytes() == old
-    state = torch.load(out / "rl_state.pt", weights_only=True)
-    assert state["iteration"] == 2 and all(w.isfinite().all() for w in state["policy"].values())
-    assert call("train_rl.py", "--out", out, *SMALL["train_rl.py"], "--resume").code == 0  # NaN was a passing thing
-    assert_same_run(trained[0], out)
-
-
-@pytest.mark.parametrize("stage, step", [
-    ("lm", 199), ("cd", 49), ("cd", -1), ("pmp", 49), ("pmp", -1), ("pm", 5), ("pm", 49), ("pm", -1),
-    ("rl", 3), ("rl", 7)])
-def test_nan_gradients_never_reach_a_checkpoint(copy, call, monkeypatch, stage, step):
-    """The loss is finite, its gradient is not (an overflow in the backward pass). The weights that this spoils must
-    not be saved: neither as the next state (after steps 199 and 49), nor as the result (the last step)."""
-    out = copy(*since(STAGE[stage]))
-    clip, count = torch.nn.utils.clip_grad_norm_, [0]
-    written = [json.loads(line) for line in metrics(out)]  # the last line of stages 2 to 4 comes after the last step
-    step = step if step >= 0 else max(line["step"] for line in written if line["stage"] == stage) - 1
-
-    def broken(parameters, *args, **kwargs):
+    def broken_clip(parameters, *args):
         parameters = list(parameters)
-        if count[0] == step * (2 if stage == "rl" else 1):  # in RL twice a step: policy and critic
+        if what == "gradient" and count[0] == bad_step * n_clips:
             parameters[0].grad.fill_(float("nan"))
         count[0] += 1
-        return clip(parameters, *args, **kwargs)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
-    # Two minibatches an iteration.
-    where = f"iteration {step // 2}" if stage == "rl" else f"step {step}"
-    result = call("train_rl.py", "--out", out, *SMALL["train_rl.py"])
-    assert not (out / STAGE[stage]).exists() and result.code
-    if (out / f"{stage}_state.pt").exists():
-        state = torch.load(out / f"{stage}_state.pt", weights_only=True)
-        assert all(w.isfinite().all() for w in state.get("model", state.get("policy")).values())
-    assert_one_sentence(result, where)
+        return clip(parameters, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken_loss)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", broken_clip)
+        where = f"iteration {bad_step // 2}" if stage == "rl" else f"step {bad_step}"
+        assert_one_sentence(run_all(out), where, "nan")
+    for name, part in load(out / f"{stage}_state.pt")["parts"].items():
+        assert name == "optimizer" or all(w.isfinite().all() for w in part.values())
+    found = {p.name: p.read_bytes() for p in out.glob("*.pt") if "state" not in p.name}
+    assert found == older
+    assert run_all(out, "--resume").code == 0
+    assert content(out) == content(trained[0])
 
 
-# ------------------------------------------------------------------------------ (6) --help
+@pytest.mark.parametrize("script, name", [
+    ("train_lm.py", "lm.pt"), ("train_lm.py", "initial.pt"), ("train_pm.py", "pm.pt"),
+    ("train_rl.py", "policy.pt"), ("train_rl.py", "samples.txt"), ("train_rl.py", "metrics.jsonl"),
+    ("train_rl.py", "config.json"), ("train_rl.py", "rl_state.pt")])
+def test_a_full_disk_keeps_what_was_there(trained, copy, call, monkeypatch, script, name):
+    out, count, write_bytes = copy(), [0], Path.write_bytes
+    before = {path: path.read_bytes() for path in out.glob(name)}
+
+    def full(self, content):
+        if self.name.startswith(name):
+            count[0] += 1
+            if count[0] == (3 if name == "rl_state.pt" else 1):
+                write_bytes(self, bytes(content)[:len(content) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(self, content)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        result = call(script, "--out", out, *small(script))
+    assert_one_sentence(result, out / name, "No space left")
+    assert all(path.read_bytes() == raw for path, raw in before.items())
+    assert not list(out.glob("*.tmp"))
+    assert call(script, "--out", out, *small(script), "--resume").code == 0
+    one, two = content(out), content(trained[0])
+    assert all(one[name] == two[name] for name in one if name != "metrics.jsonl")
+    assert script != "train_rl.py" or one == two
 
 
-OPTIONS = {"": run.RunConfig, "lm.": train_lm.LMConfig, "cd.": train_lm.CDConfig, "pmp.": train_pm.PMPConfig,
-           "pm.": train_pm.PMConfig, "rl.": train_rl.RLConfig}
+def test_stopped_while_sampling_comparisons(copy, call, run_all, monkeypatch):
+    """With other options over a finished folder: the old PM is not taken for the new one."""
+    out, other = copy(), ["--pm.helpful", 40]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        seen = {str(out / "config.json"), (str(out / "pm_state.pt"), None)}
+        die_at_a_new_write(patch, seen, before_odd=False)
+        call("train_pm.py", "--out", out, *small("train_pm.py"), *other)
+    assert len(list(out.glob("comparisons/*/*.jsonl"))) == 1  # the old ones are gone
+    assert_one_sentence(run_all(out, "--resume"), "--pm.helpful was 40, now 80")
+    result = run_all(out, *other)
+    assert result.code == 0 and "pm.pt is unfinished" in result.out
+    assert "sampled helpful train: read 40" in result.out
 
 
-@pytest.mark.parametrize("script, n", [("train_lm.py", 3), ("train_pm.py", 5), ("train_rl.py", 6)])
-def test_help_documents_every_field(call, monkeypatch, script, n):
-    monkeypatch.setenv("COLUMNS", "200")
-    result = call(script, "--help")
-    assert result.code == 0 and result.err == ""
-    # One entry an option: "--name VALUE   help (default: x)", folded; the folds are taken out again.
-    entries = dict(re.findall(r"^  (--[\w.-]+)(.*(?:\n {4,}.*)*)", result.out, re.M))
-    for prefix, cls in list(OPTIONS.items())[:n]:
-        for field in dataclasses.fields(cls):
-            words = entries["--" + prefix + field.name.replace("_", "-")].split()
-            text = " ".join(words if field.type is bool else words[1:])
-            help_, default = re.fullmatch(r"(.*) \(default: ?(.*)\)", text).groups()
-            assert len(help_) >= 4 and default == str(field.default), (field.name, text)
+def test_a_new_lm_makes_the_old_pm_stale(copy, call, run_all):
+    """And stages can be left out, or one kind of comparison."""
+    out, none = copy(), "--cd.documents 0 --pmp.pairs 0 --pm.harmless 0".split()
+    args = ["--out", out, *small("train_lm.py"), "--lm.lr", 0.01, *none[:2]]
+    assert call("train_lm.py", *args).code == 0
+    assert_one_sentence(run_all(out), out / "pmp.pt", "was not trained from the present", out)
+    (out / "pmp.pt").unlink()
+    (out / "pm.pt").unlink()
+    result = call("train_pm.py", "--out", out, *small("train_pm.py"), *none)
+    assert result.code == 0 and "(ignored: --lm.lr was 0.01, now 0.005)" in result.out
+    lm, initial, pmp = (load(out / name)["model"] for name in ("lm.pt", "initial.pt", "pmp.pt"))
+    assert all(torch.equal(lm[k], initial[k]) for k in lm) and "pmp_state.pt" not in os.listdir(out)
+    assert torch.equal(lm["positions.weight"], pmp["trunk.positions.weight"])
+    assert [path.parent.name for path in out.glob("comparisons/*/*")] == ["helpful-base"] * 2
 
 
-def test_help_in_a_process(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "train_rl.py", "--help"], cwd=tmp_path, env=ENV,
-                            capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == "" and "--rl.kl-coef" in result.stdout
+# ---- 4. Mistakes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, args, words", [
+    ("train_rl.py", "--rl.max-response 185", "--rl.max-response 185 leaves no room"),
+    ("train_pm.py", "--pm.max-response 185", "--pm.max-response 185 leaves no room"),
+    ("train_rl.py", "--context 30", "--context 30"), ("train_lm.py", "--lm.vocab 10", "--lm.vocab"),
+    ("train_rl.py", "--pm.test 0", "--pm.test 0"), ("train_lm.py", "--export x", "train_rl.py")])
+def test_options_that_cannot_be(tmp_path, call, script, args, words):
+    result = call(script, "--out", tmp_path / "out", *small(script), *args.split())
+    assert_one_sentence(result, words)
+    assert not (tmp_path / "out" / "initial.pt").exists()
+
+
+def test_a_mistake_in_a_process(tmp_path):
+    """Exit status and standard error are what a shell gets; nothing is left behind. Takes seconds,
+    to import torch anew."""
+    done = subprocess.run([sys.executable, ROOT / "train_rl.py", "--data", "typo"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert_one_sentence(Result(done.returncode, done.stdout, done.stderr), "typo")
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------ (7) real comparisons
-
-
-def test_real_path_on_a_tiny_set(tmp_path, call):
-    dropped = [{"chosen": GOOD[0]["chosen"], "rejected": GOOD[0]["chosen"]},
-               {"chosen": GOOD[1]["chosen"], "rejected": GOOD[1]["chosen"].rsplit(ASSISTANT, 1)[0] + ASSISTANT + " "}]
-    root, out = write_set(tmp_path / "set", dropped), tmp_path / "out"
-    args = ["--data", root, "--out", out, *REAL]
-    result = call("train_pm.py", *args)
-    assert result.code == 0, result.err
-    assert "[2] context distillation: none" in result.out
-    assert "[3] preference-model pretraining: none, no --pmp.data is given" in result.out
-    for line in ("helpful-base train: read 32, kept 30, dropped 2 (empty reply 1, identical pair 1)",
-                 "harmless-base train: read 30, kept 30, dropped 0", "helpful-base test: read 12, kept 12, dropped 0",
-                 "harmless-base test: read 12, kept 12, dropped 0"):
-        assert line in result.out
-    assert "60 comparisons" in result.out and "60 documents" in result.out
-    assert re.search(r"held-out (harmless|helpful) *: accuracy .* on n = 12", result.out)
-
-    result = call("train_rl.py", *args, *RL)
-    assert result.code == 0, result.err
-    assert result.out.count("is there") == 4 and "policy.pt" in result.out
-    closing = result.out[result.out.index("held-out prompts"):]
-    assert "PM score, red-team prompts" in closing and "true helpfulness" not in closing  # no ground truth here
-    assert (out / "policy.pt").exists() and not (out / "comparisons").exists()
-    assert "Question h" in (out / "samples.txt").read_text()
-    before = files(out)
-    (out / "policy.pt").unlink()
-    assert call("train_rl.py", *args, *RL).code == 0
-    assert files(out)["samples.txt"] == before["samples.txt"]
-
-
-def test_pretraining_on_a_file_of_comparisons(tmp_path, call):
-    root, cheap = write_set(tmp_path / "set"), write(tmp_path / "cheap.jsonl", rows(80, "cheap"))
-    args = ["--data", root, "--out", tmp_path / "out", *REAL]
-    assert call("train_pm.py", *args).code == 0
-    for option, times in ((), 1), (["--pmp.binarised"], 2):  # each comparison is two questions, or one
-        (tmp_path / "out" / "pmp.pt").unlink()
-        result = call("train_pm.py", *args, "--pmp.data", cheap, *option)
-        assert result.code == 0, result.err
-        assert "runs first" in result.out and f"[3] preference-model pretraining: {cheap}" in result.out
-        found = [int(n) for n in re.findall(r"cheap\.jsonl (?:train|test): read 80, kept (\d+)", result.out)]
-        kept, held_out = found[0], 80 - found[0]
-        assert f"    {times * kept} comparisons" in result.out
-        # A small file may have no row whose first question is held out; that is said, and no reason to stop.
-        assert (f"on n = {times * held_out}," if held_out else "not measured on held-out") in result.out
-    (tmp_path / "out" / "pmp.pt").unlink()
-    assert_one_sentence(call("train_pm.py", *args, "--pmp.data", tmp_path / "typo"), tmp_path / "typo")
-
-
-def test_some_subsets_only(tmp_path, call):
-    root, out = write_set(tmp_path / "set"), ["--out", tmp_path / "out", *REAL]
+def test_folder_of_another_run_is_refused(copy, call, tmp_path):
+    out = copy()
+    before = content(out)
     for script in SCRIPTS:
-        result = call(script, "--data", root, "--subsets", "helpful-base,harmfull-base", *out)
-        assert_one_sentence(result, "'harmfull-base'", "harmless-base, helpful-base")
-        assert result.code == 2
-    result = call("train_rl.py", "--data", root, "--subsets", " harmless-base ,", *out, *RL)
-    assert result.code == 0, result.err
-    assert "30 documents" in result.out and "30 comparisons" in result.out and "helpful-base" not in result.out
-    assert "Question harmless-base" in (tmp_path / "out" / "samples.txt").read_text()
-    assert_one_sentence(call("train_rl.py", "--data", root, *out, *RL), tmp_path / "out", "subsets")
-    assert_one_sentence(call("train_lm.py", "--subsets", "helpful-base", "--out", tmp_path / "toy"), "--subsets")
-    assert not (tmp_path / "toy").exists()
+        for args in (["--seed", 1], ["--context", 100], ["--size", "gpt2"]):
+            assert_one_sentence(call(script, "--out", out, *small(script), *args), out, args[0])
+    assert content(out) == before
+    for name in ("rl_state.pt", "tokenizer.json", "config.json"):  # each is read before the last
+        (out / name).write_bytes(b"hello")
+        result = call("train_rl.py", "--out", out, *small("train_rl.py"), "--resume")
+        assert_one_sentence(result, out / name)
+    (tmp_path / "file").write_text("precious")
+    for below in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert_one_sentence(call("train_lm.py", "--out", below, *small("train_lm.py")), below)
+    assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_one_file_as_data(tmp_path, call):
-    path = write(tmp_path / "mine.jsonl.gz", rows(80, "mine"))
-    result = call("train_pm.py", "--data", path, "--out", tmp_path / "out", *REAL)
-    assert result.code == 0, result.err
-    kept = [int(n) for n in re.findall(r"mine\.jsonl\.gz (?:train|test): read 80, kept (\d+)", result.out)]
-    assert 80 in {a + b for a in kept for b in kept}
+@pytest.mark.parametrize("bad, where, words", [
+    (b'{"chosen": ', "helpful-base/train", ":3"), (b"{", "harmless-base/test", ":3"),
+    ({"chosen": "Hello.", "rejected": " "}, "helpful-base/train", ":3: 'chosen' is not")])
+def test_a_mistake_in_the_data_is_found_before_training(tmp_path, call, bad, where, words):
+    """And the same command with the mistake mended works: the folder does not refuse it."""
+    root = write_set(tmp_path / "set")
+    path = write(root / f"{where}.jsonl.gz", [*GOOD[:2], bad, *GOOD])
+    args = ["train_lm.py", "--data", root, "--out", tmp_path / "out", *REAL[:-2]]
+    assert_one_sentence(call(*args), f"{path}{words}")
+    assert not (tmp_path / "out").exists()
+    write(path, GOOD)
+    assert call(*args, "--lm.documents", 8).code == 0
 
 
-def test_default_output_folder(tmp_path, call, monkeypatch):
-    """out/<name of the data>-<seed>, below the folder one stands in."""
+def test_pmp_data_and_subsets(tmp_path, call, monkeypatch):
+    """In the default folder, below the one that a user stands in."""
     monkeypatch.chdir(tmp_path)
-    write_set(tmp_path / "my.set")
-    assert call("train_lm.py", "--data", "my.set", "--seed", 3, *REAL).code == 0
-    assert len(list((tmp_path / "out").iterdir())) == 1
-    assert next((tmp_path / "out").iterdir()).name.startswith("my") and (
-        next((tmp_path / "out").iterdir()).name.endswith("-3"))
+    root, cheap = write_set(tmp_path / "set"), write(tmp_path / "cheap.jsonl", rows(80, "cheap"))
+    for script in SCRIPTS:
+        result = call(script, "--data", root, "--subsets", "helpful-base,typo", *REAL[:8])
+        assert_one_sentence(result, "'typo'", "harmless-base, helpful-base")
+    args = ["train_pm.py", "--data", "set", "--subsets", " harmless-base ,", "--seed", 3, *REAL]
+    result = call(*args)
+    assert result.code == 0 and "30 comparisons" in result.out and "helpful" not in result.out
+    assert "preference-model pretraining: skipped; no --pmp.data is given" in result.out
+    for option, times in ((), 1), (["--pmp.binarized"], 2):  # each comparison is two questions
+        (tmp_path / "out" / "set-3" / "pmp.pt").unlink()
+        result = call(*args, "--pmp.data", cheap, *option)
+        kept = int(re.search(r"cheap\.jsonl train: read 80, kept (\d+)", result.out)[1])
+        assert result.code == 0 and f"    {times * kept} comparisons" in result.out
+    assert_one_sentence(call(*args, "--context", 60), "out/set-3", "--context")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_documents_every_field(capsys, monkeypatch, script):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and err == ""
+    assert re.search("^  tiny: --lm.documents 4000", out, re.M)
+    # One entry an option: "--name VALUE   help (default: x)", folded; the folds are taken out.
+    entries, expected = dict(re.findall(r"^  (--[\w.-]+)(.*(?:\n {4,}.*)*)", out, re.M)), set()
+    for prefix, config in list(CONFIGS.items())[:SCRIPTS[script][1]]:
+        for field in dataclasses.fields(config):
+            name = f"--{prefix}.{field.name}".replace("--run.", "--").replace("_", "-")
+            words = entries[name].split()
+            text = " ".join(words if field.type is bool else words[1:])
+            help_, default = re.fullmatch(r"(.*) \(default: ?(.*)\)", text).groups()
+            assert len(help_) >= 4 and default == str(field.default), (name, text)
+            expected.add(name)
+    assert set(entries) == expected
+
+
+# ---- 5. Real comparisons and a GPT-2 -----------------------------------------
 
 
 def test_some_rows_of_the_real_data(hh_rlhf_dir, tmp_path, call):
@@ -1034,135 +731,75 @@ def test_some_rows_of_the_real_data(hh_rlhf_dir, tmp_path, call):
     for subset in ("helpful-base", "harmless-base"):
         for split, n in (("train", 24), ("test", 8)):
             with gzip.open(hh_rlhf_dir / subset / f"{split}.jsonl.gz") as file:
-                write(tmp_path / "hh" / subset / f"{split}.jsonl", [next(file).strip() for _ in range(n)])
-    out = tmp_path / "out"
-    result = call("train_rl.py", "--data", tmp_path / "hh", "--out", out, "--tokenizer", "bpe", "--context", 300,
-                  "--lm.documents", 30, "--lm.vocab", 500, "--cd.documents", 0, "--pm.batch", 8,
-                  *RL, "--rl.iterations", 2)
-    assert result.code == 0, result.err
-    assert "helpful-base train: read 24, kept" in result.out and "harmless-base test: read 8, kept" in result.out
-    assert "30 documents" in result.out and (out / "policy.pt").exists()
-
-
-# ------------------------------------------------------------------------------ (8) a GPT-2 from a folder
+                found = [next(file).strip() for _ in range(n)]
+            write(tmp_path / "hh" / subset / f"{split}.jsonl", found)
+    args = ["--data", tmp_path / "hh", "--out", tmp_path / "out", *REAL, "--context", 300]
+    result = call("train_rl.py", *args, "--lm.documents", 30, *RL.split(), "--rl.iterations", 2)
+    assert result.code == 0 and "helpful-base train: read 24, kept" in result.out, result.err
+    held_out = sum(line["n"] for line in lines(tmp_path / "out", "pm") if "subset" in line)
+    assert 20 <= held_out <= 32  # each counts once in its subset, and once in all
 
 
 @pytest.fixture(params=["small", "gpt2"])
 def pretrained(request, tmp_path, monkeypatch) -> tuple[Path, data.Tokenizer]:
-    """A folder with random weights in GPT-2's format, and its encoding: a small one, or GPT-2's own."""
+    """A folder with random weights in GPT-2's format; a small encoding, or GPT-2's own."""
     if request.param == "gpt2":
         tok = request.getfixturevalue("gpt2")
     else:
         tok = data.train_bpe([row["chosen"] for row in rows(200, "tokens")], 400)
-        for module in (data, train_lm):
-            monkeypatch.setattr(module, "gpt2_tokenizer", lambda: tok)
+        monkeypatch.setattr(train_lm, "gpt2_tokenizer", lambda: tok)
+        hello = f"{HUMAN} Hello.{ASSISTANT} Hello! How can I help?"
+        monkeypatch.setattr(train_lm, "HHH_PROMPT", hello)
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(2, 1, 64, vocab_size=tok.n_tokens - 1, context=256))  # it does not know <|endofcontext|>
-    hub.export_gpt2(gpt, tmp_path / "gpt2", tok)
+    gpt = GPT(GPTConfig(2, 1, 64, vocab_size=tok.n_tokens - 1, context=256))
+    hub.export_gpt2(gpt, tmp_path / "gpt2", tok)  # it does not know <|endofcontext|>
     return tmp_path / "gpt2", tok
 
 
-INIT = "--context 250 --pmp.batch 8 --pm.batch 8 --cd.documents 6 --cd.batch 3".split()
-
-
-def test_a_gpt2_through_all_stages(tmp_path, call, pretrained, monkeypatch):
+def test_a_gpt2_through_all_stages(tmp_path, call, pretrained):
     folder, tok = pretrained
-    if tok.name == "bpe":  # a small encoding makes more tokens of the prompt than fit here
-        monkeypatch.setattr(train_lm, "HHH_PROMPT", f"{HUMAN} Hello.{ASSISTANT} Hello! How can I help?")
     root, out, export = write_set(tmp_path / "set"), tmp_path / "out", tmp_path / "export"
-    args = ["--data", root, "--out", out, "--init", folder, *INIT, "--pmp.data", root]
-    result = call("train_pm.py", *args)
-    assert result.code == 0, result.err
-    assert f"parameters from {folder}" in result.out and "[2] context distillation: 6 documents" in result.out
-    assert f"[3] preference-model pretraining: {root}" in result.out
-    given, lm = hub.load_gpt2(folder, tok.n_vocab, 250).state_dict(), weights(out / "lm.pt")
+    args = ["--data", root, "--out", out, "--init", folder, "--context", 250, "--pmp.batch", 8,
+            "--pm.batch", 8, "--cd.documents", 6, "--cd.batch", 3, "--pmp.data", root, *RL.split(),
+            "--rl.iterations", 2]
+    result = call("train_rl.py", *args, "--export", export)
+    assert result.code == 0 and "[2] context distillation: 6 documents" in result.out, result.err
+    given = hub.load_gpt2(folder, tok.n_vocab, 250).state_dict()
+    lm, policy = (load(out / name)["model"] for name in ("lm.pt", "policy.pt"))
     assert lm.keys() == given.keys() and all(torch.equal(lm[k], given[k]) for k in lm)
-    assert lm["embed.weight"].shape == (tok.n_vocab, 64) and lm["positions.weight"].shape == (250, 64)
-    assert not torch.equal(weights(out / "initial.pt")["embed.weight"], lm["embed.weight"])
-
-    result = call("train_rl.py", *args, *RL, "--rl.iterations", 2, "--export", export)
-    assert result.code == 0, result.err
-    assert result.out.count("is there and used as it is") == 4 and "in spite of" not in result.out
-    assert str(export) in result.out
-    # Prompts of several human turns came by.
-    assert any(text.count(HUMAN) > 1 for text in (out / "samples.txt").read_text().split("RLHF:"))
-    policy, exported = weights(out / "policy.pt"), hub.load_gpt2(export, tok.n_vocab)
+    assert lm["embed.weight"].shape == (tok.n_vocab, 64) and len(lm["positions.weight"]) == 250
+    # The export is the policy, of which all parts have learned.
+    exported = hub.load_gpt2(export, tok.n_vocab)
     assert exported.cfg == GPTConfig(2, 1, 64, tok.n_vocab, 250)
-    assert policy.keys() == exported.state_dict().keys()
-    assert all(torch.equal(policy[k], w) for k, w in exported.state_dict().items())
-    if importlib.util.find_spec("transformers"):
-        import transformers
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(export)
-        ids = torch.tensor([tok.encode_dialogue(f"{HUMAN} Hi.{ASSISTANT} Hello.{HUMAN} How do I make tea?{ASSISTANT}")])
-        with torch.no_grad():
-            assert torch.allclose(theirs(ids).logits, exported.logits(exported(ids)), atol=1e-4)
-        theirs = transformers.AutoTokenizer.from_pretrained(export)
-        assert theirs.encode(" How do I make tea?") == tok.encode(" How do I make tea?")
-
-    # A finished run is exported without training it again; what is exported can be started from.
-    before = (out / "policy.pt").read_bytes()
-    result = call("train_rl.py", *args, *RL, "--rl.iterations", 2, "--export", tmp_path / "later", "--resume")
-    assert result.code == 0 and "nothing to resume" in result.out and (out / "policy.pt").read_bytes() == before
-    assert files(tmp_path / "later") == files(export)
-    result = call("train_lm.py", "--data", root, "--out", tmp_path / "on", "--init", export, "--context", 200,
-                  "--cd.documents", 0)
-    assert result.code == 0 and torch.equal(weights(tmp_path / "on" / "lm.pt")["embed.weight"], policy["embed.weight"])
+    for key, weight in exported.state_dict().items():
+        assert torch.equal(policy[key], weight) and not torch.equal(weight, lm[key])
+    # A finished run is exported without training it again; an export can be started from.
+    before = content(out)
+    result = call("train_rl.py", *args, "--export", tmp_path / "later", "--resume")
+    assert result.code == 0 and "nothing to resume" in result.out and content(out) == before
+    for path in export.iterdir():
+        assert path.read_bytes() == (tmp_path / "later" / path.name).read_bytes()
+    result = call("train_lm.py", "--data", root, "--out", tmp_path / "on", "--init", export,
+                  "--context", 200, "--cd.documents", 0)
+    embedding = load(tmp_path / "on" / "lm.pt")["model"]["embed.weight"]
+    assert result.code == 0 and torch.equal(embedding, policy["embed.weight"])
 
 
 @pytest.mark.parametrize("pretrained", ["small"], indirect=True)
-def test_init_that_cannot_be(tmp_path, call, pretrained):
-    folder, tok = pretrained
-    root, out = write_set(tmp_path / "set"), tmp_path / "out"
-    hub.export_gpt2(GPT(GPTConfig(2, 1, 64, vocab_size=tok.n_tokens + 200, context=256)), tmp_path / "other", tok)
-    (tmp_path / "empty").mkdir()
-    for script in SCRIPTS:
-        for option, words in {
-            ("--init", tmp_path / "typo"): [tmp_path / "typo"],
-            ("--init", tmp_path / "empty"): [tmp_path / "empty", "model.safetensors"],
-            ("--init", root / "helpful-base" / "train.jsonl.gz"): ["train.jsonl.gz"],
-            ("--init", tmp_path / "other"): [tmp_path / "other", "vocabulary"],
-            ("--init", folder, "--context", 257): [folder, "256 positions", "257"],
-            ("--init", folder): [folder, "256 positions", "512"],  # the default for real data
-            ("--init", folder, "--tokenizer", "bpe"): ["--init", "--tokenizer bpe"],
-            ("--init", folder, "--data", "toy"): ["--init", "toy"],
-        }.items():
-            result = call(script, "--data", root, "--out", out, "--cd.documents", 0, *option)
-            assert_one_sentence(result, *words)
-            assert result.code == 2 and not out.exists(), option
-
-
-@pytest.mark.parametrize("pretrained", ["small"], indirect=True)
-def test_a_folder_made_with_init(tmp_path, call, pretrained):
-    """Its options are held against later ones, and its lm.pt, which says the shape of all models, is not trusted."""
-    folder, tok = pretrained
-    root, out = write_set(tmp_path / "set"), tmp_path / "out"
+def test_init_and_a_folder_made_with_it(tmp_path, call, pretrained):
+    """What cannot be is said before a folder is made. Later options are held against the folder's,
+    and its lm.pt, which says the shape of all models, is not trusted."""
+    root, out, init = write_set(tmp_path / "set"), tmp_path / "out", ["--init", pretrained[0]]
     args = ["--data", root, "--out", out, "--context", 160, "--cd.documents", 0]
-    assert call("train_lm.py", *args, "--init", folder).code == 0
-    before = files(out)
-    for other in ([], ["--init", tmp_path / "another"], ["--init", folder, "--context", 100]):
+    for script in SCRIPTS:
+        assert_one_sentence(call(script, *args, "--init", tmp_path / "typo"), "typo")
+        assert_one_sentence(call(script, *args, *init, "--context", 257), "256 positions")
+        assert not out.exists()
+    assert call("train_lm.py", *args, *init).code == 0
+    before = content(out)
+    for other in ([], ["--init", tmp_path / "another"], [*init, "--context", 100]):
         assert_one_sentence(call("train_pm.py", *args, *other), out)
-    assert files(out) == before
-    good, wrong = torch.load(out / "lm.pt", weights_only=True), {}
-    for what, content in [*broken_checkpoints(out, "lm.pt"), ("no shape", {"model": {}}),
-                          ("a shape of text", {**good, "config": "12 layers"})]:
-        (out / "lm.pt").unlink()
-        (out / "lm.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, out / "lm.pt")
-        try:
-            assert_one_sentence(call("train_pm.py", *args, "--init", folder), out / "lm.pt")
-        except Exception as error:
-            wrong[what] = repr(error)
-        except AssertionError as error:
-            wrong[what] = str(error)[:200]
-    assert not wrong
-
-
-def test_a_policy_of_the_toy_world_can_be_exported(copy, tmp_path, call):
-    out = copy()
-    args = ["--out", out, *SMALL["train_rl.py"], "--resume", "--export"]
-    assert call("train_rl.py", *args, tmp_path / "export").code == 0
-    policy = weights(out / "policy.pt")
-    exported = hub.load_gpt2(tmp_path / "export", len(policy["embed.weight"])).state_dict()
-    assert all(torch.equal(policy[k], exported[k]) for k in policy)
-    before = files(out)  # a run's own folder has a config.json and a tokenizer.json of its own
-    assert_one_sentence(call("train_rl.py", *args, out), out)
-    assert files(out) == before
+    assert content(out) == before
+    for what, wrong in broken_checkpoints(load(out / "lm.pt")):
+        torch.save(wrong, out / "lm.pt")
+        assert_one_sentence(call("train_pm.py", *args, *init), out / "lm.pt")

@@ -1,6 +1,7 @@
 """Tests of data.py. Expected values are computed here in another, slower way, or by hand."""
 import gzip
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -10,15 +11,15 @@ import tiktoken
 import torch
 
 import data
-from data import ASSISTANT, HUMAN, Comparison, Tokenizer, UserError
+from data import ASSISTANT, HUMAN, Comparison, Tokenizer
+from run import UserError
 
 CORPUS = [
     "the cat sat on the mat. the other cat sat on that mat, and that's the end of it!\n\n",
     "aaaa aaa aa aaaaaaa banana bananas ananas 1234 12 1212 __init__ x_y  \t two  spaces ",
     HUMAN + " Which is larger, 12 or 21?" + ASSISTANT + " 21 is larger than 12." + HUMAN
-    + " Thanks, that's what I thought." + ASSISTANT + " You're welcome; they're easy to mix up.",
-    "Größe naïve café 日本語 日本 🙂🙂 ½ ² e\u0301e\u0301 the theme, these, there, then",
-] * 3
+    + " Thanks, that's what I thought." + ASSISTANT + " You're welcome; they're easy to mix up. ",
+    "Größe naïve café 日本語 日本 🙂🙂 ½ ² e\u0301e\u0301 the theme, these, there, then"] * 3
 
 
 @pytest.fixture(scope="module")
@@ -26,261 +27,45 @@ def bpe() -> Tokenizer:
     return data.train_bpe(CORPUS, 400)
 
 
-def random_text(rng: random.Random, n: int) -> str:
-    """Code points of every kind: ASCII, white space, marks, other planes; no surrogates."""
-    ranges = [(32, 127), (9, 14), (28, 32), (0x80, 0x800), (0x300, 0x370), (0x2000, 0x2070),
-              (0xE000, 0x110000), (0x1F600, 0x1F650)]
-    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(n))
+def refused(function, *args) -> str:
+    with pytest.raises(UserError) as error:
+        function(*args)
+    return str(error.value)
 
 
-# --- 1. dialogues ----------------------------------------------------------------------
+# ---- 1. Dialogues ------------------------------------------------------------
 
-def test_parse_by_hand():
+
+def test_parse_and_render():
     text = "\n\nHuman: Hi\n\nthere \n\n\nAssistant:  A\nB\n\nAssistant:\n\nHuman:x Human: y"
     assert data.parse(text) == [("Human", " Hi\n\nthere \n"), ("Assistant", "  A\nB"),
                                 ("Assistant", ""), ("Human", "x Human: y")]
     assert data.render(data.parse(text)) == text
+    for text in ("", "hello", "Human: hi", "\nHuman: hi", "x" + HUMAN, "\n\n\nHuman:", "\n\nHuman"):
+        with pytest.raises(ValueError, match="not a dialogue"):
+            data.parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "hello", "Human: hi", "\nHuman: hi", "x" + HUMAN + " hi",
-                                  "\n\n\nHuman: hi", "\n\nHuman hi"])
-def test_parse_refuses_what_is_no_dialogue(text):
-    with pytest.raises(ValueError, match="not a dialogue"):
-        data.parse(text)
-
-
-def test_render_inverts_parse():
-    rng = random.Random(0)
-    parts = [HUMAN, ASSISTANT, "\n", "\n\n", "Human:", "Assistant:", " hi", ":", "é"]
-    for _ in range(500):
-        text = rng.choice([HUMAN, ASSISTANT]) + "".join(rng.choices(parts, k=rng.randrange(9)))
-        turns = data.parse(text)
-        assert data.render(turns) == text
-        assert not any(HUMAN in words or ASSISTANT in words for _, words in turns)
-
-
-# --- 2. tokenizer ----------------------------------------------------------------------
-
-def naive_merges(n_merges: int) -> list[bytes]:
-    """BPE as its definition reads: count all the pairs of the corpus anew for each merge."""
-    words = [[bytes([b]) for b in piece.encode()]
-             for text in CORPUS for piece in re.findall(data.PATTERN, text)]
-    tokens = [bytes([b]) for b in range(256)]
-    while len(tokens) < 256 + n_merges:
-        count = Counter(pair for word in words for pair in zip(word, word[1:]))
-        index = {token: i for i, token in enumerate(tokens)}
-        best = max(count, key=lambda p: (count[p], -index[p[0]], -index[p[1]]), default=None)
-        if best is None or count[best] < 2:
-            break
-        tokens.append(best[0] + best[1])
-        for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i:i + 2] = [best[0] + best[1]]
-                i += 1
-    return tokens
-
-
-def test_train_bpe_equals_the_definition(bpe):
-    assert bpe.tokens == naive_merges(400 - 258)
-    assert bpe.n_tokens == 400
-
-
-def test_train_bpe_stops_when_pairs_run_out():
-    tok = data.train_bpe(["ab ab ab"], 5000)
-    # "ab" three times, " ab" twice; then every word is one token.
-    assert tok.tokens[256:] == [b"ab", b" ab"]
-    assert (tok.n_tokens, tok.n_vocab) == (260, 320)
-    assert len(data.train_bpe(CORPUS, 5000).tokens) == len(naive_merges(5000))
-
-
-def test_train_bpe_breaks_ties_by_id_and_takes_no_less_than_the_bytes():
-    assert data.train_bpe(["dc", "ba", "dc", "ba"], 259).tokens[256:] == [b"ba"]
-    assert data.train_bpe([], 258).n_tokens == 258
-    with pytest.raises(UserError, match="257"):
-        data.train_bpe(["ab"], 257)
-
-
-def test_encode_replays_the_merges_in_order(bpe):
-    """Apply each learned merge in turn to each piece; tiktoken must find the same tokens."""
-    rank = {token: i for i, token in enumerate(bpe.tokens)}
-    words = "the that bananaananas aaaaa aaaaaaaaaaa 1212121 theretheme sattat nananan".split()
-    rng = random.Random(1)
-    words += ["".join(rng.choices("abnthes12", k=rng.randrange(1, 25))) for _ in range(300)]
-    for word in words:
-        for piece in re.findall(data.PATTERN, word):
-            parts = [bytes([b]) for b in piece.encode()]
-            for token in bpe.tokens[256:]:
-                i = 0
-                while i < len(parts) - 1:
-                    if parts[i] + parts[i + 1] == token:
-                        parts[i:i + 2] = [token]
-                    i += 1
-            assert bpe.encode(piece) == [rank[part] for part in parts]
-
-
-def test_every_token_is_reachable(bpe):
-    for i, token in enumerate(bpe.tokens):
-        try:
-            text = token.decode()
-        except UnicodeDecodeError:
-            continue  # a part of a character has no text of its own
-        if len(re.findall(data.PATTERN, text)) > 1:
-            continue  # a part of a turn's marker; elsewhere its characters are separate pieces
-        assert bpe.encode(text) == [i]
-
-
-def test_round_trip_of_arbitrary_unicode(bpe):
-    rng = random.Random(2)
-    for _ in range(300):
-        text = random_text(rng, rng.randrange(60))
-        ids = bpe.encode(text)
-        assert bpe.decode(ids) == text
-        assert all(0 <= i < bpe.end_of_turn for i in ids)
-    everything = "".join(chr(c) for c in range(0x3000))
-    assert bpe.decode(bpe.encode(everything)) == everything
-    bpe.encode("a lone \ud800 surrogate does not crash")
-
-
-def test_special_strings_in_text_are_plain_text(bpe):
-    text = "say <|endoftext|> and <|endofcontext|>!"
-    ids = bpe.encode(text)
-    assert not {bpe.end_of_turn, bpe.end_of_context} & set(ids)
-    assert bpe.decode(ids) == text
-    reply = bpe.encode_reply(" <|endoftext|>")
-    assert reply.count(bpe.end_of_turn) == 1 and reply[-1] == bpe.end_of_turn
-
-
-def test_decode_leaves_out_specials_and_the_gap(bpe):
-    assert (bpe.n_tokens, bpe.n_vocab) == (400, 448)
-    assert (bpe.end_of_turn, bpe.end_of_context) == (398, 399)
-    ids = bpe.encode("one") + [398] + bpe.encode(" two") + [399, 400, 447]
-    assert bpe.decode(ids) == "one two"
-    assert bpe.decode([0xFF]) == "\ufffd"
-
-
-def test_end_of_turn_is_where_it_belongs(bpe):
-    e, enc = [bpe.end_of_turn], bpe.encode
-    h, a = enc(HUMAN), enc(ASSISTANT)
-    d = bpe.encode_dialogue
-    assert d(HUMAN + " x") == h + enc(" x")
-    assert d(HUMAN + " x" + ASSISTANT) == h + enc(" x") + a
-    assert d(HUMAN + " x" + ASSISTANT + " y") == h + enc(" x") + a + enc(" y") + e
-    assert d(HUMAN + " x" + ASSISTANT + " y" + HUMAN + " z" + ASSISTANT) == (
-        h + enc(" x") + a + enc(" y") + e + h + enc(" z") + a)
-    # An empty assistant turn that another turn follows did end.
-    assert d(ASSISTANT + HUMAN + " x") == a + e + h + enc(" x")
-    assert d("a header" + HUMAN + " x" + ASSISTANT) == enc("a header") + h + enc(" x") + a
-    assert d("a plain document.") == enc("a plain document.") + e
-    # A space is a turn; only nothing at all is an open prompt.
-    assert d(HUMAN + " x" + ASSISTANT + " ") == h + enc(" x") + a + enc(" ") + e
-    assert bpe.encode_reply("") == []
-
-
-@pytest.mark.parametrize("reply", [" yes", "yes", " ", "\n", "\n\n", "  two  spaces ", " y\n",
-                                   " a" + HUMAN + " b", " a" + ASSISTANT + " b", HUMAN + " b",
-                                   " a" + HUMAN + " b" + ASSISTANT, "\nHuman: x", "é 🙂"])
-def test_prompt_and_reply_have_an_exact_border(bpe, reply):
-    for question in (" hi", " hi \n", "\n", "", " hi" + ASSISTANT + " a" + HUMAN + " b"):
-        for head in ("", "A header.\n"):
-            prompt = head + HUMAN + question + ASSISTANT
-            ids = bpe.encode_dialogue(prompt + reply)
-            assert ids == bpe.encode_dialogue(prompt) + bpe.encode_reply(reply)
-            assert bpe.decode(ids) == prompt + reply
-
-
-def test_fingerprint_names_the_vocabulary(bpe):
-    more, shorter = data.train_bpe(CORPUS, 401), data.train_bpe(CORPUS, 399)
-    other_pattern = Tokenizer(bpe.name, r"\s+|\S+", bpe.tokens)
-    swapped = Tokenizer(bpe.name, bpe.pattern, bpe.tokens[:-2] + bpe.tokens[:-3:-1])
-    tokenizers = [bpe, more, shorter, other_pattern, swapped]
-    assert len({t.fingerprint for t in tokenizers}) == len(tokenizers)
-    assert data.train_bpe(CORPUS, 400).fingerprint == bpe.fingerprint
-
-
-def test_save_and_load(bpe, tmp_path):
-    path = tmp_path / "new" / "tokenizer.json"
-    bpe.save(path)
-    loaded = Tokenizer.load(path)
-    assert (loaded.fingerprint, loaded.name, loaded.tokens) == (bpe.fingerprint, "bpe", bpe.tokens)
-    assert loaded.encode(CORPUS[2]) == bpe.encode(CORPUS[2])
-    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]  # nothing temporary
-
-
-def test_load_refuses_other_files(bpe, tmp_path):
-    path = tmp_path / "tokenizer.json"
-    with pytest.raises(UserError, match="tokenizer.json"):
-        Tokenizer.load(path)
-    bpe.save(path)
-    good = json.loads(path.read_text())
-    for broken in ([], {}, good | {"tokens": good["tokens"][1:]}, good | {"tokens": 3},
-                   good | {"tokens": good["tokens"] + good["tokens"][-1:]},
-                   good | {"tokens": good["tokens"] + ["*"]}, good | {"pattern": "("},
-                   good | {"tokens": good["tokens"][:-1]}, good | {"pattern": 5}):
-        path.write_text(json.dumps(broken))
-        with pytest.raises(UserError, match="tokenizer.json"):
-            Tokenizer.load(path)
-    path.write_bytes(b"\x80 not json")
-    with pytest.raises(UserError, match="tokenizer.json"):
-        Tokenizer.load(path)
-
-
-def test_gpt2_tokenizer(gpt2, tmp_path):
-    assert (gpt2.end_of_turn, gpt2.end_of_context) == (50256, 50257)
-    assert (gpt2.n_tokens, gpt2.n_vocab) == (50258, 50304)
-    # These ids are those of GPT-2's published vocabulary.
-    assert gpt2.encode("Hello world") == [15496, 995]
-    assert gpt2.encode_dialogue(HUMAN + " Hi" + ASSISTANT + " Hi") == [
-        198, 198, 20490, 25, 15902, 198, 198, 48902, 25, 15902, 50256]
-    rng = random.Random(3)
-    for _ in range(100):
-        text = random_text(rng, 40)
-        assert gpt2.decode(gpt2.encode(text)) == text
-    assert gpt2.fingerprint != data.train_bpe(CORPUS, 300).fingerprint
-    gpt2.save(tmp_path / "gpt2.json")
-    assert Tokenizer.load(tmp_path / "gpt2.json").fingerprint == gpt2.fingerprint
-
-
-def test_gpt2_without_network_says_what_to_do(monkeypatch):
-    def no_network(name):
-        raise OSError("no route to host")
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(UserError) as error:
-        data.gpt2_tokenizer()
-    for word in ("vocab.bpe", "encoder.json", "TIKTOKEN_CACHE_DIR", "--tokenizer bpe"):
-        assert word in str(error.value)
-
-
-# --- 3. comparisons --------------------------------------------------------------------
+# ---- 2. Comparisons ----------------------------------------------------------
 
 Q = HUMAN + " q" + ASSISTANT
 Q2 = Q + " a" + HUMAN + " r" + ASSISTANT
+AB = " a" + ASSISTANT + " b"
+GOOD = {"chosen": Q + " yes", "rejected": Q + " no"}
 
 
 @pytest.mark.parametrize("chosen, rejected, expected", [
-    (Q + " yes", Q + " no", (Q, " yes", " no")),
-    # Several turns: the cut is after the last shared marker, not after the first.
-    (Q2 + " yes", Q2 + " no", (Q2, " yes", " no")),
-    # Replies that begin alike are not cut in the middle.
-    (Q + " yes, a", Q + " yes, b", (Q, " yes, a", " yes, b")),
-    # One reply holds a further turn: the last marker of each text would be wrong.
-    (Q + " a" + ASSISTANT + " b", Q + " c", (Q, " a" + ASSISTANT + " b", " c")),
-    (Q + " c", Q + " a" + HUMAN + " r" + ASSISTANT + " b",
-     (Q, " c", " a" + HUMAN + " r" + ASSISTANT + " b")),
-    # The shared part ends inside a marker.
-    (Q + " a" + ASSISTANT + " b", Q + " a\n\nAssist", (Q, " a" + ASSISTANT + " b", " a\n\nAssist")),
-    (Q + " a\n\nAssistant", Q + " a" + ASSISTANT + " b", (Q, " a\n\nAssistant", " a" + ASSISTANT + " b")),
-    (Q + " yes", Q + " yes ", (Q, " yes", " yes ")),
-    (Q + " yes", Q + " yes", "identical pair"),
-    (Q, Q, "identical pair"),
-    (Q + " yes", Q, "empty reply"),
-    (Q + " ", Q + " no", "empty reply"),
-    (Q2 + " yes", Q2 + "\n", "empty reply"),
-    (HUMAN + " q" + ASSISTANT + " a", HUMAN + " p" + ASSISTANT + " a", "no shared prompt"),
-    (HUMAN + " q\n\nAssistant", HUMAN + " q\n\nAssistant: a", "no shared prompt"),
-])
-def test_split_comparison_golden(chosen, rejected, expected):
+    (Q + " yes", Q + " no", (Q, " yes", " no")), (Q + " yes", Q + " yes ", (Q, " yes", " yes ")),
+    (Q2 + " yes", Q2 + " no", (Q2, " yes", " no")),  # the cut is not after the first marker
+    (Q + " yes, a", Q + " yes, b", (Q, " yes, a", " yes, b")),  # nor in the middle of a reply
+    (Q + AB, Q + " c", (Q, AB, " c")), (Q + " c", Q2, (Q, " c", Q2[len(Q):])),  # nor at each last
+    (Q + AB, Q + " a\n\nAssist", (Q, AB, " a\n\nAssist")),  # the shared part ends in a marker
+    (Q + " a\n\nAssistant", Q + AB, (Q, " a\n\nAssistant", AB)),
+    (Q + " yes", Q + " yes", "identical pair"), (Q, Q, "identical pair"),
+    (Q + " yes", Q, "empty reply"), (Q + " ", Q + " no", "empty reply"),
+    (Q2 + " yes", Q2 + "\n", "empty reply"), (Q + " a", HUMAN + " p", "no shared prompt"),
+    (HUMAN + " q\n\nAssistant", Q + " a", "no shared prompt")])
+def test_split_comparison(chosen, rejected, expected):
     parts, reason = data.split_comparison(chosen, rejected)
     assert (parts or reason) == expected and bool(parts) != bool(reason)
 
@@ -293,169 +78,133 @@ def write_rows(path, *rows):
     return path
 
 
-GOOD = {"chosen": Q + " yes", "rejected": Q + " no"}
-
-
 def test_read_comparisons_counts_what_it_drops(tmp_path):
-    path = write_rows(tmp_path / "x.jsonl.gz", GOOD | {"p_chosen": 0.75}, b"", GOOD | {"rejected": Q},
-                      GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"rejected": Q + "\u2028 \x85no"},
-                      GOOD | {"chosen": Q + " "}, GOOD | {"chosen": HUMAN + " else"})
+    half_emoji = {"chosen": Q + " \ud83d", "rejected": Q + " no", "p_chosen": 0}  # becomes "?"
+    path = write_rows(
+        tmp_path / "x.jsonl.gz", GOOD | {"p_chosen": 0.75}, b" ", GOOD | {"rejected": Q},
+        GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"rejected": Q + "\u2028 \x85no"},
+        GOOD | {"chosen": Q + " "}, GOOD | {"chosen": HUMAN + " else"}, half_emoji)
     rows, counter = data.read_comparisons(path, "helpful")
     assert rows == [Comparison(Q, " yes", " no", "helpful", 0.75),
-                    Comparison(Q, " yes", "\u2028 \x85no", "helpful")]
-    assert counter == {"read": 6, "kept": 2, "empty reply": 2, "identical pair": 1, "no shared prompt": 1}
-    assert data.counts_line(counter) == (
-        "read 6, kept 2, dropped 4 (empty reply 2, identical pair 1, no shared prompt 1)")
-    assert data.counts_line(Counter(read=1617, kept=1617)) == "read 1,617, kept 1,617, dropped 0"
+                    Comparison(Q, " yes", "\u2028 \x85no", "helpful"),
+                    Comparison(Q, " ?", " no", "helpful", 0)]
+    assert (counter["read"], counter["kept"], sum(counter.values())) == (7, 3, 14)
+    assert data.counts_line(counter + Counter(read=1700)) == (
+        "read 1,707, kept 3, dropped 4 (empty reply 2, identical pair 1, no shared prompt 1)")
+    assert data.counts_line(Counter(read=9, kept=9, zero=0)) == "read 9, kept 9, dropped 0"
 
 
 @pytest.mark.parametrize("bad, words", [
-    (b'{"chosen": ', "not JSON"),
-    (b'["chosen"]', "object"),
-    (b'{"chosen": "\xff"}', "UTF-8"),
-    ({"rejected": Q + " no"}, "'chosen'"),
+    (b'{"chosen": ', "not JSON"), (b"[" * 100_000, "not JSON"), (b'["chosen"]', "object"),
+    (b'{"chosen": "\xff"}', "UTF-8"), ({"rejected": Q + " no"}, "'chosen'"),
     ({"chosen": Q + " yes", "rejected": None}, "'rejected'"),
     ({"chosen": "Human: q", "rejected": Q + " no"}, "'chosen' is not a dialogue"),
-    (GOOD | {"p_chosen": "0.5"}, "p_chosen"),
-    (GOOD | {"p_chosen": 1.5}, "p_chosen"),
-    (b'{"chosen": "\\n\\nHuman:", "rejected": "\\n\\nHuman:", "p_chosen": NaN}', "p_chosen"),
-])
+    (GOOD | {"p_chosen": "0.5"}, "p_chosen"), (GOOD | {"p_chosen": 1.5}, "p_chosen"),
+    (GOOD | {"p_chosen": -0.1}, "p_chosen"), (GOOD | {"p_chosen": float("nan")}, "p_chosen")])
 @pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
 def test_a_bad_line_is_named(tmp_path, name, bad, words):
-    path = write_rows(tmp_path / name, GOOD, b"", bad, GOOD)
-    with pytest.raises(UserError) as error:
-        data.read_comparisons(path, "helpful")
-    assert f"{path}:3:" in str(error.value) and words in str(error.value)
+    message = refused(data.read_comparisons, write_rows(tmp_path / name, GOOD, b"", bad), "helpful")
+    assert f"{tmp_path / name}:3:" in message and words in message
 
 
 def test_a_bad_file_is_named(tmp_path):
-    whole = write_rows(tmp_path / "whole.jsonl.gz", *[GOOD | {"n": n} for n in range(2000)])
-    raw = whole.read_bytes()
-    damaged = raw[:300] + bytes([255] * 60) + raw[360:]
-    for name, content in {"cut.jsonl.gz": raw[:len(raw) // 2], "plain.jsonl.gz": b"{}\n",
-                          "damaged.jsonl.gz": damaged}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.*gzip"):
-            list(data.read_jsonl(tmp_path / name))
-    with pytest.raises(UserError, match="missing.jsonl"):
-        list(data.read_jsonl(tmp_path / "missing.jsonl"))
-    with pytest.raises(UserError, match="cannot read"):
-        list(data.read_jsonl(tmp_path))
+    path = tmp_path / "x.jsonl.gz"
+    raw = write_rows(path, *[GOOD | {"n": n} for n in range(2000)]).read_bytes()
+    for content in (raw[:len(raw) // 2], b"{}\n", raw[:300] + bytes([255] * 60) + raw[360:]):
+        path.write_bytes(content)
+        assert f"{path}: damaged or incomplete gzip" in refused(list, data.read_jsonl(path))
+    for path in (tmp_path, tmp_path / "missing.jsonl"):
+        assert f"cannot read {path}" in refused(list, data.read_jsonl(path))
 
 
 def test_load_a_folder(tmp_path):
+    for root in (tmp_path, tmp_path / "missing"):
+        assert "helpful-base/train.jsonl.gz" in refused(data.load_comparisons, root, "train")
     write_rows(tmp_path / "helpful-b" / "train.jsonl.gz", GOOD)
     write_rows(tmp_path / "harmless-a" / "train.jsonl", GOOD, GOOD | {"rejected": Q})
     write_rows(tmp_path / "harmless-a" / "train.jsonl.gz", GOOD)  # not read a second time
-    write_rows(tmp_path / "helpful-b" / "test.jsonl", GOOD, GOOD)
+    write_rows(tmp_path / "helpful-b" / "test.jsonl", GOOD | {"rejected": Q})
     rows, counters = data.load_comparisons(tmp_path, "train")
     assert [c.kind for c in rows] == ["harmless", "helpful"]
-    assert {k: (n["read"], n["kept"]) for k, n in counters.items()} == {
-        "harmless-a": (2, 1), "helpful-b": (1, 1)}
-    assert len(data.load_comparisons(tmp_path, "test")[0]) == 2
-    only, counters = data.load_comparisons(str(tmp_path), "train", ["helpful-b"])
-    assert [c.kind for c in only] == ["helpful"] and list(counters) == ["helpful-b"]
-    with pytest.raises(UserError, match="harmless-a.*it has helpful-b"):
-        data.load_comparisons(tmp_path, "test", ["harmless-a"])
+    of_helpful = {"helpful-b": {"read": 1, "kept": 1}}
+    assert counters == of_helpful | {"harmless-a": {"read": 2, "kept": 1, "empty reply": 1}}
+    assert data.load_comparisons(str(tmp_path), "train", ["helpful-b"]) == (rows[1:], of_helpful)
+    assert "it has helpful-b" in refused(data.load_comparisons, tmp_path, "test", ["harmless-a"])
+    assert "'valid'" in refused(data.load_comparisons, tmp_path, "valid")
+    assert "empty reply 1" in refused(data.load_comparisons, tmp_path, "test")
 
 
-def test_load_nothing_says_what_is_expected(tmp_path):
-    for root in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match="helpful-base/train.jsonl.gz"):
-            data.load_comparisons(root, "train")
-    write_rows(tmp_path / "helpful-b" / "train.jsonl", GOOD | {"rejected": Q})
-    with pytest.raises(UserError, match="empty reply 1"):
-        data.load_comparisons(tmp_path, "train")
-    with pytest.raises(UserError, match="valid"):
-        data.load_comparisons(tmp_path, "valid")
-
-
-def test_load_one_file_splits_by_first_question(tmp_path):
-    rows = [{"chosen": HUMAN + f" q{n % 300}" + ASSISTANT + f" a{n}",
-             "rejected": HUMAN + f" q{n % 300}" + ASSISTANT + f" b{n}"} for n in range(900)]
-    path = write_rows(tmp_path / "my-harmless.jsonl", *rows)
-    sides = {split: data.load_comparisons(path, split) for split in ("train", "test")}
-    train, test = sides["train"][0], sides["test"][0]
-    assert {c.kind for c in train} == {"harmless"}
-    assert not {c.prompt for c in train} & {c.prompt for c in test}
-    assert sorted(c.chosen for c in train + test) == sorted(f" a{n}" for n in range(900))
-    assert 20 <= len(test) <= 110  # 1/16 of 900 is 56; each question brings three rows
-    for kept, counters in sides.values():
-        counter = counters["my-harmless.jsonl"]
-        assert counter["read"] == 900 and counter["kept"] == len(kept)
-        assert counter["in the other split"] == 900 - len(kept)
+@pytest.mark.parametrize("name, kind", [("my-harmless.jsonl", "harmless"), ("a.jsonl", "helpful")])
+def test_load_one_file_splits_by_first_question(tmp_path, name, kind):
+    rows = []
+    for n in range(900):
+        prompt = f"{HUMAN} q{n % 450}{ASSISTANT}" + (f" a{HUMAN} {n}{ASSISTANT}" if n > 600 else "")
+        rows.append({"chosen": prompt + f" a{n}", "rejected": prompt + f" b{n}"})
+    path, questions, replies = write_rows(tmp_path / name, *rows), {}, []
+    for split in ("train", "test"):
+        kept, counters = data.load_comparisons(path, split)
+        assert {c.kind for c in kept} == {kind}
+        n_other = 900 - len(kept)
+        assert counters == {name: {"read": 900, "kept": len(kept), "in the other split": n_other}}
+        questions[split] = {data.parse(c.prompt)[0] for c in kept}
+        replies += [c.chosen for c in kept]
+    assert sorted(replies) == sorted(f" a{n}" for n in range(900))
+    assert not questions["train"] & questions["test"]
+    # Each of 450 questions is in the test split with p = 1/16: 28 with a standard error of 5.1.
+    assert 28 - 4 * 5.1 < len(questions["test"]) < 28 + 4 * 5.1
 
 
 @pytest.mark.parametrize("name", ["helpful/train.jsonl", "helpful/train.jsonl.gz"])
 def test_write_comparisons_can_be_read(tmp_path, name):
-    rows = [Comparison(Q2, " yes \u2028é", " no", "helpful", 0.25), Comparison(Q, " a", " b", "helpful")]
+    rows = [Comparison(Q2, " \u2028é", " no", "", 0.0), Comparison(Q, " a", " b", "")]
     data.write_comparisons(tmp_path / name, rows)
-    first = (tmp_path / name).read_bytes()
-    assert data.read_comparisons(tmp_path / name, "helpful") == (rows, {"read": 2, "kept": 2})
-    data.write_comparisons(tmp_path / name, rows)
-    assert (tmp_path / name).read_bytes() == first
-    assert not name.endswith(".gz") or first[4:8] == bytes(4)  # gzip's header holds no time
-    with pytest.raises(UserError, match="cannot write"):
-        data.write_comparisons(tmp_path / name / "below-a-file.jsonl", rows)
+    assert data.read_comparisons(tmp_path / name, "") == (rows, {"read": 2, "kept": 2})
+    if name.endswith(".gz"):  # gzip's header has no time in it: same comparisons, same bytes
+        assert (tmp_path / name).read_bytes()[4:8] == bytes(4)
+    assert "cannot write" in refused(data.write_comparisons, tmp_path / name / "x.jsonl", rows)
 
 
-def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    data.write_atomically(tmp_path / "x", b"old")
-
-    def killed(source, target):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        data.write_atomically(tmp_path / "x", b"new")
-    assert (tmp_path / "x").read_bytes() == b"old"
-
-
-def test_encode_comparison_cuts_the_beginning_of_the_prompt_only(bpe):
-    c = Comparison(HUMAN + " 1234567 times the cat sat on the mat, and why is that?" + ASSISTANT,
-                   " yes, the cat", " no", "helpful")
-    prompt, chosen, rejected = (bpe.encode_dialogue(c.prompt), bpe.encode_reply(c.chosen),
-                                bpe.encode_reply(c.rejected))
-    whole = len(prompt) + len(chosen) + 1
-    assert len(prompt) > data.MIN_PROMPT + 3 and len(chosen) > len(rejected)
-    for context in range(1, whole + 3):
-        result = data.encode_comparison(bpe, c, context)
-        kept = min(len(prompt), context - 1 - len(chosen))
-        if kept < data.MIN_PROMPT:
-            assert result is None
-        else:
-            assert result == (prompt[len(prompt) - kept:], chosen, rejected)
-            assert kept + max(len(chosen), len(rejected)) + 1 <= context
+@pytest.mark.parametrize("replies", [(" yes, the cat", " no"), (" no", " yes, the cat")])
+def test_encode_comparison_cuts_the_beginning_of_the_prompt_only(bpe, replies):
+    question = HUMAN + " 1234567 times the cat sat on the mat, and why is that?" + ASSISTANT
+    prompt, chosen = bpe.encode_dialogue(question), bpe.encode_reply(replies[0])
+    rejected = bpe.encode_reply(replies[1])
+    longer = max(len(chosen), len(rejected))
+    assert len(prompt) > data.MIN_PROMPT + 3 and len(chosen) != len(rejected)
+    for context in range(1, len(prompt) + longer + 4):
+        room = context - 1 - longer  # 1 is for end_of_context
+        expected = (prompt[-room:], chosen, rejected) if room >= data.MIN_PROMPT else None
+        assert data.encode_comparison(bpe, Comparison(question, *replies, ""), context) == expected
     # A prompt shorter than the minimum is kept whole or not at all.
-    short = Comparison(ASSISTANT, c.chosen, c.rejected, "helpful")
-    n = len(bpe.encode(ASSISTANT)) + len(chosen) + 1
-    assert data.encode_comparison(bpe, short, n)[0] == bpe.encode(ASSISTANT)
-    assert data.encode_comparison(bpe, short, n - 1) is None
+    c, n = Comparison(ASSISTANT, *replies, ""), len(bpe.encode(ASSISTANT)) + longer + 1
+    assert data.encode_comparison(bpe, c, n) == (bpe.encode(ASSISTANT), chosen, rejected)
+    assert data.encode_comparison(bpe, c, n - 1) is None
 
 
-# --- 4. batching -----------------------------------------------------------------------
+# ---- 3. Batches --------------------------------------------------------------
+
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_batches_hold_each_row_once_within_the_budget(seed):
-    rng = random.Random(5)
-    lengths = [rng.randrange(1, 60) for _ in range(300)] + [500, 0]
+    lengths = random.Random(5).choices(range(1, 60), k=300) + [500, 0]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     batches = data.batches_by_length(lengths, 256, generator)
-    assert sorted(i for batch in batches for i in batch) == list(range(302))
+    assert sorted(sum(batches, [])) == list(range(302))
+    spans, n_padded = [], 0
     for batch in batches:
-        assert len(batch) * max(lengths[i] for i in batch) <= 256 or len(batch) == 1
-    # Alike in length: batches, put in order, don't overlap.
-    spans = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in batches)
+        spans.append((min(lengths[i] for i in batch), max(lengths[i] for i in batch)))
+        assert len(batch) * spans[-1][1] <= 256 or len(batch) == 1
+        n_padded += len(batch) * spans[-1][1]
+    assert n_padded < 1.1 * sum(lengths)
+    spans.sort()  # rows of a batch are alike in length, so two batches don't overlap
     assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert padded < 1.1 * sum(lengths)
 
 
 def test_batches_are_shuffled_by_the_generator_only():
     lengths = [7] * 40 + [3] * 40
     generator = torch.Generator().manual_seed(0)
     one, two = (data.batches_by_length(lengths, 35, generator) for _ in range(2))
-    again = data.batches_by_length(lengths, 35, torch.Generator().manual_seed(0))
-    assert one == again and one != two
+    assert one == data.batches_by_length(lengths, 35, torch.Generator().manual_seed(0)) != two
     assert {frozenset(b) for b in one} != {frozenset(b) for b in two}  # ties change places
     assert [lengths[b[0]] for b in one] != sorted(lengths[b[0]] for b in one)
     plain = data.batches_by_length(lengths, 35)
@@ -465,48 +214,156 @@ def test_batches_are_shuffled_by_the_generator_only():
 
 def test_pad():
     tokens, lengths = data.pad([[1, 2, 3], [], [4]], value=9)
-    assert tokens.tolist() == [[1, 2, 3], [9, 9, 9], [4, 9, 9]] and lengths.tolist() == [3, 0, 1]
-    assert tokens.dtype == lengths.dtype == torch.int64
-    assert data.pad([])[0].shape == (0, 0)
+    assert tokens.tolist() == [[1, 2, 3], [9, 9, 9], [4, 9, 9]] and tokens.dtype == torch.int64
+    assert lengths.tolist() == [3, 0, 1] and lengths.dtype == torch.int64
+    assert data.pad([])[0].shape == (0, 0) and data.pad([[], [5]])[0].tolist() == [[0], [5]]
 
 
-# --- the real data ---------------------------------------------------------------------
-
-def test_real_rows(hh_rlhf_dir, bpe):
-    """Every row parses back; prompts and counts agree with another way to split, by turns."""
-    for subset in ("helpful-base", "harmless-base"):
-        for split in ("train", "test"):
-            kept, counters = data.load_comparisons(hh_rlhf_dir, split, [subset])
-            expected, dropped = [], 0
-            with gzip.open(hh_rlhf_dir / subset / f"{split}.jsonl.gz") as file:
-                rows = [json.loads(line) for line in file]
-            for row in rows:
-                assert data.render(data.parse(row["chosen"])) == row["chosen"]
-                assert data.render(data.parse(row["rejected"])) == row["rejected"]
-                # Turn by turn: the first turn that differs is the reply.
-                a, b = (re.split(r"(\n\n(?:Human|Assistant):)", row[k])[1:] for k in ("chosen", "rejected"))
-                n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-                while n and a[n - 1] != ASSISTANT:
-                    n -= 1  # replies that differ by a further turn only begin one turn earlier
-                parts = ["".join(a[:n]), "".join(a[n:]), "".join(b[n:])]
-                if n and parts[1] != parts[2] and parts[1].strip() and parts[2].strip():
-                    expected.append(tuple(parts))
-                else:
-                    dropped += 1
-            assert [(c.prompt, c.chosen, c.rejected) for c in kept] == expected
-            counter = counters[subset]
-            assert (counter["read"], counter["kept"]) == (len(rows), len(rows) - dropped)
-            assert sum(counter.values()) == 2 * counter["read"]
-            for c in kept[::20]:
-                assert c.kind == subset.split("-")[0] and c.prompt.endswith(ASSISTANT)
-                ids = bpe.encode_dialogue(c.prompt + c.chosen)
-                assert ids == bpe.encode_dialogue(c.prompt) + bpe.encode_reply(c.chosen)
-                assert bpe.decode(ids) == c.prompt + c.chosen
+# ---- 4. Tokenizer ------------------------------------------------------------
 
 
-def test_half_an_emoji_can_be_written_again(tmp_path):
-    """JSON may hold one half of a surrogate pair, which no file can: it is read as "?"."""
-    path = tmp_path / "train.jsonl"
-    path.write_text(r'{"chosen": "\n\nHuman: Hi \ud83d\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi \ud83d\n\nAssistant: No."}')
-    [found], counts = data.read_comparisons(path, "helpful")
-    assert found.prompt.encode() == b"\n\nHuman: Hi ?\n\nAssistant:" and counts["kept"] == 1
+def merge_in_place(parts: list[bytes], left: bytes, right: bytes):
+    for i in range(len(parts)):
+        if parts[i:i + 2] == [left, right]:
+            parts[i:i + 2] = [left + right]
+
+
+def test_train_bpe_equals_the_definition(bpe):
+    """Count all the pairs of the corpus anew for each merge. tiktoken replays the merges."""
+    words, tokens, merges = [], [bytes([b]) for b in range(256)], []
+    for text in CORPUS:
+        for piece in re.findall(data.PATTERN, text):
+            words.append([bytes([b]) for b in piece.encode()])
+    while len(tokens) < 398:
+        count = Counter()
+        for word in words:
+            count.update(zip(word, word[1:]))
+        merges.append(min(count, key=lambda p: (-count[p], tokens.index(p[0]), tokens.index(p[1]))))
+        tokens.append(merges[-1][0] + merges[-1][1])
+        for word in words:
+            merge_in_place(word, *merges[-1])
+    assert bpe.tokens == tokens
+    letters = random.Random(1).choices("aabbnnthes12 ", k=3000)
+    for piece in re.findall(data.PATTERN, "".join(letters)):
+        parts = [bytes([b]) for b in piece.encode()]
+        for pair in merges:
+            merge_in_place(parts, *pair)
+        assert bpe.encode(piece) == [tokens.index(part) for part in parts]
+
+
+def test_train_bpe_by_hand(bpe):
+    tok = data.train_bpe(["ab ab ab"], 5000)  # "ab" three times, " ab" twice; then all are tokens
+    assert tok.tokens[256:] == [b"ab", b" ab"] and (tok.n_tokens, tok.n_vocab) == (260, 320)
+    assert data.train_bpe(["dc", "ba", "dc", "ba"], 259).tokens[256:] == [b"ba"]  # ties: by id
+    assert data.train_bpe([], 258).n_tokens == data.train_bpe(["a\ud800"], 258).n_tokens == 258
+    assert "257" in refused(data.train_bpe, ["ab"], 257)
+    assert data.merge_pair([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
+    assert (bpe.end_of_turn, bpe.end_of_context, bpe.n_tokens, bpe.n_vocab) == (398, 399, 400, 448)
+    assert Tokenizer("", bpe.pattern, bpe.tokens[:382]).n_vocab == 384  # 6 * 64 exactly
+    assert len(bpe.encode(HUMAN)) == len(bpe.encode(ASSISTANT)) == 1
+
+
+@pytest.mark.parametrize("name", ["bpe", "gpt2"])
+def test_decode_inverts_encode_for_any_text(name, request):
+    tok, rng = request.getfixturevalue(name), random.Random(2)
+    texts = ["".join(chr(c) for c in range(0x3000))]
+    for first, last in ((32, 127), (9, 33), (0x80, 0x370), (0x2000, 0x2070), (0xE000, 0x110000)):
+        texts += ["".join(map(chr, rng.choices(range(first, last), k=60))) for _ in range(50)]
+    for text in texts + ["typed specials: <|endoftext|> and <|endofcontext|>!"]:
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and all(0 <= i < tok.end_of_turn for i in ids)
+    tok.encode("a lone \ud800 surrogate does not crash")
+    unused = [tok.end_of_turn, tok.end_of_context, tok.n_tokens, tok.n_vocab - 1]
+    assert tok.decode(tok.encode("one") + unused + tok.encode(" two")) == "one two"
+    assert tok.decode([tok.tokens.index(b"\xff")]) == "\ufffd"
+
+
+def test_gpt2_has_its_published_ids(gpt2):
+    assert (gpt2.end_of_turn, gpt2.end_of_context) == (50256, 50257)
+    assert (gpt2.n_tokens, gpt2.n_vocab) == (50258, 50304)
+    assert gpt2.encode_dialogue(HUMAN + " Hi" + ASSISTANT + " Hello world") == [
+        198, 198, 20490, 25, 15902, 198, 198, 48902, 25, 18435, 995, 50256]
+
+
+def test_end_of_turn_is_where_it_belongs(bpe):
+    end, enc, dialogue = [bpe.end_of_turn], bpe.encode, bpe.encode_dialogue
+    x, h, a = HUMAN + " x", enc(HUMAN), enc(ASSISTANT)
+    assert dialogue(x) == h + enc(" x") and bpe.encode_reply("") == []
+    assert dialogue("a header" + x + ASSISTANT) == enc("a header") + h + enc(" x") + a
+    assert dialogue(x + ASSISTANT + " y") == h + enc(" x") + a + enc(" y") + end
+    assert dialogue(ASSISTANT + " y" + x + ASSISTANT) == a + enc(" y") + end + h + enc(" x") + a
+    assert dialogue(ASSISTANT + x) == a + end + h + enc(" x")  # empty, but another turn follows
+    assert dialogue(ASSISTANT + " ") == a + enc(" ") + end     # a space is a turn, not a prompt
+    assert dialogue("a plain document.") == enc("a plain document.") + end
+
+
+@pytest.fixture(scope="module")
+def merging_bpe() -> Tokenizer:
+    """A BPE whose pattern lacks the markers, so that it may merge across their borders."""
+    marker = r"\n\n(?:Human|Assistant):|"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PATTERN", data.PATTERN.removeprefix(marker))
+        return data.train_bpe(['a::) a:- a:" a:\n a\n\n\na?\n\na'] * 5, 400)
+
+
+@pytest.mark.parametrize("name", ["bpe", "merging_bpe", "gpt2"])
+def test_prompt_and_reply_have_an_exact_border(name, request):
+    """Markers and turns are encoded apart, so a reply begins at a known index."""
+    tok = request.getfixturevalue(name)
+    human, assistant, end = tok.encode(HUMAN), tok.encode(ASSISTANT), [tok.end_of_turn]
+    for reply in (":)", "- a", '"Yes"', " yes", "yes", " ", "\n", "\n\n", "  2 ", "\nHuman:", "é🙂"):
+        for question in (" hi", " hi \n", "\n", "", ")", " why?\n"):
+            prompt = "A header.\n" + HUMAN + question + ASSISTANT
+            prompt_ids = tok.encode("A header.\n") + human + tok.encode(question) + assistant
+            assert tok.encode_dialogue(prompt + reply) == prompt_ids + tok.encode(reply) + end
+        assert tok.encode_reply(reply) == tok.encode(reply) + end
+        # This test can fail: encoded jointly, these replies merge with the colon.
+        if name != "bpe" and reply in (":)", "- a", '"Yes"'):
+            assert tok.encode(ASSISTANT + reply) != assistant + tok.encode(reply)
+    for reply in (AB, " a" + HUMAN + " b" + ASSISTANT, HUMAN + " b"):  # replies of several turns
+        assert tok.encode_dialogue(Q + reply) == tok.encode_dialogue(Q) + tok.encode_reply(reply)
+
+
+def test_save_and_load(bpe, tmp_path):
+    path = tmp_path / "new" / "tokenizer.json"
+    assert f"cannot read the tokenizer {path}" in refused(Tokenizer.load, path)
+    bpe.save(path)
+    loaded = Tokenizer.load(path)
+    assert (loaded.fingerprint, loaded.name, loaded.tokens) == (bpe.fingerprint, "bpe", bpe.tokens)
+    good = json.loads(path.read_text())
+    tokens = good["tokens"]
+    changes = [{"tokens": tokens[1:]}, {"tokens": 3}, {"tokens": tokens + ["*"]}, {"pattern": "("},
+               {"tokens": tokens[:-1]}, {"pattern": r"\s+|\S+"}, {"pattern": 5},
+               {"tokens": tokens[:-2] + tokens[:-3:-1]}]
+    files = [json.dumps(good | change).encode() for change in changes]
+    Tokenizer("", bpe.pattern, bpe.tokens + bpe.tokens[-1:]).save(path)  # a token twice
+    for content in files + [b"[]", b"{}", b"\x80 not json", path.read_bytes()]:
+        path.write_bytes(content)
+        assert f"{path} is not a tokenizer file" in refused(Tokenizer.load, path)
+
+
+def test_gpt2_without_network_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: open("no such file"))  # OSError
+    for word in ("vocab.bpe", "encoder.json", "TIKTOKEN_CACHE_DIR", "--tokenizer bpe"):
+        assert word in refused(data.gpt2_tokenizer)
+
+
+# ---- The real data -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("subset", ["helpful-base", "harmless-base"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_real_rows(hh_rlhf_dir, subset, split):
+    """Another way to split, turn by turn: the first turn that differs is the reply."""
+    expected = []
+    for n_rows, row in data.read_jsonl(hh_rlhf_dir / subset / f"{split}.jsonl.gz"):
+        assert data.render(data.parse(row["chosen"])) == row["chosen"]
+        a, b = (re.split(f"({HUMAN}|{ASSISTANT})", row[field])[1:] for field in row)
+        n = len(os.path.commonprefix([a, b]))
+        while n and a[n - 1] != ASSISTANT:
+            n -= 1  # if one reply only adds a further turn, the replies begin one turn earlier
+        prompt, chosen, rejected = "".join(a[:n]), "".join(a[n:]), "".join(b[n:])
+        if prompt and chosen != rejected and chosen.strip() and rejected.strip():
+            expected.append(Comparison(prompt, chosen, rejected, subset.split("-")[0]))
+    kept, counters = data.load_comparisons(hh_rlhf_dir, split, [subset])
+    assert kept == expected and counters[subset]["read"] == n_rows

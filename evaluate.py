@@ -1,0 +1,246 @@
+"""Measure policies on held-out prompts: the table that closes a run, and dialogues side by side.
+
+    python evaluate.py out/toy-0                       # the closing table of a finished run again
+    python evaluate.py out/toy-0 lm.pt policy.pt       # any two language models of the folder
+    python evaluate.py out/toy-0 policy.pt out/toy-0-b/policy.pt
+
+Read it in this order:
+  1. Prompts    where prompts come from, in RL and here
+  2. evaluate   one reply to each held-out prompt, and what is measured on it
+  3. Tables     two policies side by side
+  4. Command    how a finished run is opened
+"""
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+import toy
+import toy_corpus
+from checks import kl_estimates
+from data import HUMAN, load_comparisons
+from model import GPT
+from pipeline import Run, RunConfig
+from pm import ScalarModel
+from ppo import PPOConfig, all_logprobs, pm_scores
+from rollout import rollout
+from run import TrainingError, UserError, load
+from stage import read_config
+
+# ---- 1. Prompts --------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class PromptBatch:
+    texts: list[str]
+    kinds: list[str]      # "helpful" or "harmless" (red-teaming)
+    ids: list[list[int]]
+
+
+class Prompts:
+    """Where prompts come from: the toy world, or real comparisons without their replies (§4.1; HH
+    also let a model write more prompts, which is left out here)."""
+
+    def __init__(self, run: Run, max_response: int, harmless_share: float):
+        self.run, self.harmless_share = run, harmless_share
+        self.room = run.context - max_response - 1  # 1: the PM appends one token
+        self.real = {}
+        if not run.toy:
+            for split in ("train", "test"):
+                self.real[split] = self.load_real(split)
+
+    def load_real(self, split: str) -> list[tuple[str, str]]:
+        found, _ = load_comparisons(self.run.data, split, self.run.subsets)
+        distinct = list(dict.fromkeys((c.prompt, c.kind) for c in found))
+        n_cut = 0
+        for prompt, _ in distinct:
+            if len(self.run.tok.encode_dialogue(prompt)) > self.room:
+                n_cut += 1
+        print(f"    {len(distinct):,} {split} prompts; {n_cut:,} exceed {self.room} tokens and "
+              "lose their beginning")
+        return distinct
+
+    def draw(self, n: int, *name, held_out: bool,
+             harmless_share: float | None = None) -> PromptBatch:
+        """Draw n prompts, held-out ones or from training. The words of `name` seed the choice."""
+        rng = self.run.rng("prompts", *name)
+        if harmless_share is None:
+            harmless_share = self.harmless_share
+        batch = PromptBatch([], [], [])
+        if self.run.toy:
+            for _ in range(n):
+                batch.kinds.append("harmless" if rng.random() < harmless_share else "helpful")
+            for kind in batch.kinds:
+                batch.texts.append(toy_corpus.draw_prompt(rng, kind, held_out=held_out))
+        else:
+            for text, kind in rng.choices(self.real["test" if held_out else "train"], k=n):
+                batch.texts.append(text)
+                batch.kinds.append(kind)
+        for text in batch.texts:
+            ids = self.run.tok.encode_dialogue(text)
+            if not self.run.toy:
+                # A long real prompt loses its beginning, as in PM training
+                # (data.encode_comparison). A toy prompt must fit, because its ground truth reads
+                # all of it: `rollout` refuses one that does not.
+                ids = ids[-self.room:]
+            batch.ids.append(ids)
+        return batch
+
+    def held_out(self, n_helpful: int) -> PromptBatch:
+        """The prompts of every evaluation: about n_helpful helpful ones and half as many red-team
+        ones (real data: drawn without regard to kind)."""
+        return self.draw(n_helpful * 3 // 2, "held out", held_out=True, harmless_share=1 / 3)
+
+
+# ---- 2. evaluate -------------------------------------------------------------
+
+
+def evaluate(run: Run, cfg: PPOConfig, policy: GPT, reference: GPT, pm: ScalarModel,
+             prompts: PromptBatch) -> tuple[dict, list[str]]:
+    """Sample one reply to each held-out prompt and measure it. Returns the numbers and the texts of
+    the replies.
+
+    The random numbers are the same each time, so equal policies give equal replies. The KL to the
+    reference is in nats per response (HH §4.3 takes training samples)."""
+    uniforms = torch.rand(len(prompts.ids), cfg.max_response, generator=run.torch_rng("eval"))
+    ro = rollout(policy, prompts.ids, uniforms, run.tok.end_of_turn, cfg.temperature, cfg.slots)
+    scores = pm_scores(pm, ro, run.tok.end_of_context, cfg).tolist()
+    k1, _ = kl_estimates(all_logprobs(policy, ro, cfg), all_logprobs(reference, ro, cfg))
+    kl = (k1 * ro.mask).sum(1).mean().item()
+    replies = [run.tok.decode(response) for response in ro.responses()]
+    numbers = {"score_helpful": mean_of_kind(scores, prompts.kinds, "helpful"),
+               "score_harmless": mean_of_kind(scores, prompts.kinds, "harmless")}
+    if run.toy:
+        numbers |= toy.rates(prompts.texts, prompts.kinds, replies)
+    numbers |= {"kl": kl, "sqrt_kl": max(kl, 0.0) ** 0.5,
+                "finished": ro.finished.float().mean().item(),
+                "tokens": ro.response_len.float().mean().item()}
+    return numbers, replies
+
+
+def mean_of_kind(scores: list[float], kinds: list[str], wanted: str) -> float:
+    return toy.mean_or_nan(score for score, kind in zip(scores, kinds) if kind == wanted)
+
+
+def mean_truth(run: Run, batch, ro) -> float:
+    """The mean true utility of the responses, for which the preference model stands in."""
+    truths = []
+    for text, kind, response in zip(batch.texts, batch.kinds, ro.responses()):
+        truths.append(toy.truth(text, run.tok.decode(response), kind))
+    return toy.mean_or_nan(truths)
+
+
+def with_eval_prefix(numbers: dict) -> dict:
+    """Numbers on held-out prompts, as metrics.jsonl names them."""
+    return {f"eval_{name}": number for name, number in numbers.items()}
+
+
+# ---- 3. Tables ---------------------------------------------------------------
+
+TITLES = {
+    "score_helpful": "PM score, helpful prompts (logits)",
+    "score_harmless": "PM score, red-team prompts (logits)",
+    "helpfulness": "true helpfulness",
+    "harmlessness": "true harmlessness",
+    "correct": "correct answers",
+    "complied": "compliance with harmful requests",
+    "refused_benign": "refusals of benign requests",
+    "refused_look_alikes": "    of those that look harmful",
+    "kl": "KL to the initial policy (nats)",
+    "sqrt_kl": "sqrt(KL)",
+    "finished": "finished responses",
+    "tokens": "tokens a response",
+}
+
+
+def table(before: dict, after: dict, names=("initial policy", "RLHF policy")) -> str:
+    lines = [f"    {'held-out prompts':38} {names[0]:>14} {names[1]:>13}"]
+    for key, title in TITLES.items():
+        if key in before:
+            lines.append(f"    {title:38} {before[key]:14.3f} {after[key]:13.3f}")
+    return "\n".join(lines)
+
+
+def side_by_side(prompts: PromptBatch, before: list[str], after: list[str], n_each: int = 4,
+                 names=("initial", "RLHF")) -> str:
+    """The first few held-out dialogues of each kind, no question twice, with both replies."""
+    lines = []
+    for kind in ("helpful", "harmless"):
+        questions = set()
+        for i, text in enumerate(prompts.texts):
+            question = text[text.rfind(HUMAN):]
+            if prompts.kinds[i] == kind and question not in questions and len(questions) < n_each:
+                questions.add(question)
+                lines.append(f"{text.strip()}\n    {names[0] + ':':8}{before[i]}\n"
+                             f"    {names[1] + ':':8}{after[i]}\n")
+    return "\n".join(lines)
+
+
+# ---- 4. Command --------------------------------------------------------------
+
+
+def open_run(folder: str, device: str) -> tuple[Run, dict]:
+    """A finished run as its config.json describes it -> the run, and all of config.json."""
+    if not Path(folder, "config.json").is_file():
+        raise UserError(f"{folder} is not the output folder of a run: it has no config.json")
+    config = read_config(Path(folder))
+    try:
+        options = config["run"] | {"out": folder, "device": device}
+        run = Run(RunConfig(**options))
+    except (KeyError, TypeError):
+        raise UserError(f"{folder}/config.json does not hold the options of a run") from None
+    run.load_tokenizer()
+    return run, config
+
+
+def load_policy(run: Run, name: str) -> GPT:
+    """A language model of the run's folder, or of another one (a path) with the same tokenizer."""
+    path = run.path(name)
+    if not path.exists():
+        path = Path(name)
+    saved = load(path)
+    if saved.get("tokenizer") != run.tok.fingerprint:
+        raise UserError(f"{path} was trained with another tokenizer than {run.out}")
+    model = GPT(run.model_config())
+    try:
+        model.load_state_dict(saved["model"])
+    except (KeyError, RuntimeError):
+        raise UserError(f"{path} does not hold a language model of {run.out}'s shape") from None
+    return model.to(run.device).eval().requires_grad_(False)
+
+
+def command(folder: str, before: str, after: str, device: str):
+    run, config = open_run(folder, device)
+    known = {field.name for field in dataclasses.fields(PPOConfig)}
+    options = config.get("rl", {})
+    cfg = PPOConfig(**{name: value for name, value in options.items() if name in known})
+    pm, reference = run.load_model("pm.pt"), load_policy(run, "initial.pt")
+    prompts = Prompts(run, cfg.max_response, harmless_share=0.0)
+    prompts = prompts.held_out(options.get("eval_prompts", 512))
+    columns, replies = [], []
+    for name in (before, after):
+        numbers, texts = evaluate(run, cfg, load_policy(run, name), reference, pm, prompts)
+        columns.append(numbers)
+        replies.append(texts)
+    names = (Path(before).stem, Path(after).stem)
+    print(side_by_side(prompts, *replies, names=names))
+    print(table(*columns, names=names))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="output folder of a run")
+    parser.add_argument("before", nargs="?", default="initial.pt", help="a language model there")
+    parser.add_argument("after", nargs="?", default="policy.pt", help="another one, or a path")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (auto: a GPU if any)")
+    try:
+        command(**vars(parser.parse_args()))
+    except (UserError, TrainingError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""What the experiments measure on scores, choices and hidden vectors. No file of the core needs it.
+
+Read it in this order:
+  1. Calibration   are the PM's scores honest probabilities?
+  2. Fits          logistic regression, least squares, and the curves that the papers fit
+  3. Elo           from choices between models to Elo, with standard errors
+  4. Best of n     what is gained by keeping the best of n samples
+  5. Outliers      does a prompt look unlike the prompts that the model should answer?
+
+Legend: each section has its own, because each measures something else.
+All functions but `features` take lists, or tensors from any device, and work in float64 on the CPU.
+A score r is a logit: P(A is preferred to B) = sigmoid(r_A - r_B) (Eq. 4.2). Only differences of
+scores mean anything, so subtract a PM's mean on held-out replies before comparing scores (B.2).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from data import batches_by_length, pad
+from model import GPT
+from run import autocast, tokens_at_once
+
+
+def to_float64(numbers):
+    """Numbers, or a tensor from any device -> a tensor of the same shape, float64 on the CPU."""
+    return torch.as_tensor(numbers, dtype=torch.float64, device="cpu").detach()
+
+
+# ---- 1. Calibration ----------------------------------------------------------
+# Legend: "pairs" is the number of labeled comparisons. In this section
+#   margins (pairs,)    score of the chosen reply minus score of the rejected reply, in logits
+#   p_chosen (pairs,)   the true probability that a worker chooses the chosen reply, where known
+
+
+def agreement(margins, p_chosen=None):
+    """Does the PM agree with the labels? -> (pairs,): 1 if it does, 0 if not, 1/2 for a tie.
+
+    With p_chosen: the probability that a newly drawn label would agree. Its mean has the same
+    expected value, without the noise of drawing one label a pair."""
+    p = torch.ones_like(margins) if p_chosen is None else to_float64(p_chosen)
+    agrees = torch.full_like(margins, 0.5)
+    agrees = torch.where(margins > 0, p, agrees)
+    return torch.where(margins < 0, 1 - p, agrees)  # the PM prefers the rejected reply
+
+
+def calibration_curve(margins, bins=10, p_chosen=None):
+    """Accuracy as a function of the gap between two scores (§3.3, Fig. 9).
+
+    Returns three tensors (bins,): the mean probability sigmoid(|margin|) that the PM gives to its
+    own choice, how often that choice is right, and the number of pairs. A curve above the diagonal
+    is under-confidence, as HH find for helpful and harmless data together. The bins hold equally
+    many pairs, so none is much noisier (HH's binning: not stated)."""
+    margins = to_float64(margins)
+    confidence = torch.sigmoid(margins.abs())
+    agrees = agreement(margins, p_chosen)
+    by_gap = margins.abs().argsort(stable=True)
+    bins = max(1, min(bins, len(margins)))  # no bin may be empty: it would have no mean
+    predicted, observed, counts = [], [], []
+    for members in by_gap.tensor_split(bins):
+        predicted.append(confidence[members].mean())
+        observed.append(agrees[members].mean())
+        counts.append(len(members))
+    return torch.stack(predicted), torch.stack(observed), torch.tensor(counts)
+
+
+def expected_calibration_error(margins, bins=10, p_chosen=None) -> float:
+    """Mean of |predicted - observed| over the bins, each weighted by its number of pairs.
+
+    Labels are noisy, so without p_chosen even a perfect PM gets about
+    0.8 sqrt(p (1 - p) bins / pairs): the mean size of a normal error is 0.8 standard errors."""
+    predicted, observed, counts = calibration_curve(margins, bins, p_chosen)
+    return ((counts * (predicted - observed).abs()).sum() / counts.sum()).item()
+
+
+def log_loss(margins, p_chosen) -> tuple[float, float]:
+    """The PM's cross-entropy and its floor, both in nats a pair.
+
+    The floor is the entropy of the true preferences. The rest, KL(true preferences || PM's), is the
+    PM's own error, however noisy the labels are."""
+    margins, p = to_float64(margins), to_float64(p_chosen)
+    # softplus(-m) = -log sigmoid(m), and softplus(m) = -log(1 - sigmoid(m))
+    loss = p * F.softplus(-margins) + (1 - p) * F.softplus(margins)
+    entropy = -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)  # xlogy(0, 0) = 0, the limit
+    return loss.mean().item(), entropy.mean().item()
+
+
+def threshold_curve(chosen, rejected, thresholds, p_chosen=None):
+    """Accuracy on the pairs in which both scores are above a threshold (Fig. 25).
+
+    chosen, rejected (pairs,): scores, with the PM's mean subtracted.
+    Returns three tensors (thresholds,): the accuracy, the Bayes ceiling on the same pairs (NaN
+    without p_chosen), and the number of pairs. Where no pair is left, the first two are NaN.
+    HH see the accuracy fall as the threshold rises, and give three reasons: finer distinctions,
+    little data at high scores, smaller gaps. The ceiling shows how much is due to the labels."""
+    chosen, rejected = to_float64(chosen), to_float64(rejected)
+    agrees = agreement(chosen - rejected)
+    p = torch.full_like(agrees, math.nan) if p_chosen is None else to_float64(p_chosen)
+    best_guess = torch.maximum(p, 1 - p)  # always choosing the likelier reply: no PM can do better
+    accuracy, ceiling, counts = [], [], []
+    for threshold in to_float64(thresholds):
+        kept = torch.minimum(chosen, rejected) > threshold
+        accuracy.append(agrees[kept].mean())
+        ceiling.append(best_guess[kept].mean())
+        counts.append(kept.sum())
+    return torch.stack(accuracy), torch.stack(ceiling), torch.stack(counts)
+
+
+# ---- 2. Fits -----------------------------------------------------------------
+# Legend: "points" is the number of measurements, D the number of coefficients of the fit.
+
+
+def logistic_fit(inputs, targets, weights, l2):
+    """Logistic regression by Newton's method.
+
+    inputs (points, D), targets (points,) in [0, 1], weights (points,), l2 (D,), all float64.
+    Returns the coefficients c (D,) that minimize the loss below, and its Hessian there (D, D).
+    Raises ValueError if 1000 steps do not suffice. With p = sigmoid(inputs @ c) the loss is
+    the sum of weight * (-target log p - (1 - target) log(1 - p)), plus the sum of l2 * c^2 / 2."""
+    def loss(c):
+        z = inputs @ c
+        # -log p = softplus(z) - z and -log(1 - p) = softplus(z): a term is softplus(z) - target z.
+        return (weights * (F.softplus(z) - targets * z)).sum() + (l2 * c * c).sum() / 2
+
+    coefficients = torch.zeros(inputs.shape[1], dtype=torch.float64)
+    for _ in range(1000):
+        p = torch.sigmoid(inputs @ coefficients)  # (points,)
+        # d softplus(z) / dz = p and dp / dz = p (1 - p); the chain rule brings in the inputs.
+        gradient = inputs.T @ (weights * (p - targets)) + l2 * coefficients  # (D,)
+        curvature = weights * p * (1 - p)  # (points,)
+        hessian = (inputs * curvature[:, None]).T @ inputs + torch.diag(l2)  # (D, D)
+
+        # Newton's step goes to the minimum of the quadratic model g's + s'Hs / 2, at s = -H^-1 g.
+        # The model's value there is -g'H^-1 g / 2, so `gain` is twice the expected decrease.
+        step = -torch.linalg.solve(hessian, gradient)
+        gain = -(gradient @ step).item()
+
+        # A full step can overshoot, and plain Newton then runs away. A share a of the step is safe
+        # once it moves no logit by more than 1: p (1 - p) grows at most e-fold on the way, so the
+        # loss changes by at most gain * (-a + a^2 (e - 2)) < 0. Hence the halving ends.
+        while (inputs @ step).abs().max() > 1 and loss(coefficients + step) > loss(coefficients):
+            step = step / 2
+        coefficients = coefficients + step
+        if gain < 1e-12:  # even before this step c was within a millionth of a standard error
+            return coefficients, hessian
+    raise ValueError("the logistic fit did not converge in 1000 steps")
+
+
+def least_squares(inputs, targets):
+    """inputs (points, D), targets (points,) -> coefficients (D,), R^2.
+
+    R^2 = 1 - (sum of squared residuals) / (sum of squared deviations from the mean). It is NaN for
+    constant targets, and negative where a fit without intercept is worse than the mean.
+    Raises ValueError if the points leave some coefficient undetermined."""
+    inputs, targets = to_float64(inputs), to_float64(targets)
+    points, D = inputs.shape
+    if torch.linalg.matrix_rank(inputs) < D:
+        raise ValueError(f"{points} points do not fix {D} coefficients: add different points, or "
+                         "drop a column that depends linearly on the others")
+    coefficients = torch.linalg.lstsq(inputs, targets[:, None]).solution[:, 0]
+    unexplained = ((targets - inputs @ coefficients) ** 2).sum()
+    return coefficients, (1 - unexplained / ((targets - targets.mean()) ** 2).sum()).item()
+
+
+def line_fit(inputs, targets) -> tuple[float, float, float]:
+    """inputs, targets (points,) -> slope, intercept and R^2 of target = slope * input + intercept.
+
+    §4.3 and Figs 4 and 13: the PM score as a function of sqrt(KL)."""
+    inputs = to_float64(inputs)
+    columns = torch.stack([inputs, torch.ones_like(inputs)], 1)  # (points, 2)
+    (slope, intercept), r2 = least_squares(columns, targets)
+    return slope.item(), intercept.item(), r2
+
+
+def fit_scaling(params, pairs, accuracy, at=(1e11, 8e4)):
+    """Eq. A.1: accuracy = a + b log(params / 1e11) + c log(pairs / 8e4) -> (a, b, c), R^2.
+
+    params, pairs, accuracy (points,): a PM's parameters, the comparisons it learned from, its
+    accuracy. `at` is the point where the accuracy is a. HH's helpful-only PMs: 0.72, 0.007, 0.015.
+    The base of the logarithm is not stated; natural logarithms fit the plotted curves."""
+    size = torch.log(to_float64(params) / at[0])
+    data = torch.log(to_float64(pairs) / at[1])
+    coefficients, r2 = least_squares(torch.stack([torch.ones_like(size), size, data], 1), accuracy)
+    return tuple(coefficients.tolist()), r2
+
+
+def fit_gao(distance, reward, kind: str):
+    """OO §1: how a true reward rises and falls with distance d = sqrt(KL) -> alpha, beta, R^2.
+
+    distance, reward (points,), with reward 0 at d = 0. `kind` names the optimizer:
+      "bon"  best of n: R = d (alpha - beta d), with its peak at d = alpha / (2 beta)
+      "rl"   RL: R = d (alpha - beta log d), with its peak at d = exp(alpha / beta - 1); not valid
+             near d = 0, where its slope is infinite."""
+    distance = to_float64(distance)
+    if kind == "bon":
+        bend = distance**2
+    elif kind == "rl":
+        bend = torch.xlogy(distance, distance)  # d log d, and 0 at d = 0
+    else:
+        raise ValueError(f'kind must be "bon" or "rl", not {kind!r}')
+    (alpha, beta), r2 = least_squares(torch.stack([distance, -bend], 1), reward)
+    return alpha.item(), beta.item(), r2
+
+
+# ---- 3. Elo ------------------------------------------------------------------
+# Legend: a "player" is a model. wins[i, j] is how often people preferred player i to player j.
+
+ELO = 400 / math.log(10)  # Elo of one unit of PM score: 173.7; HH round to 174 (Eq. 2.1)
+
+
+def elo_to_win_rate(elo):
+    """How often A wins against B, with elo = A's Elo minus B's: 1 / (1 + 10^(-elo / 400)).
+
+    Eq. 2.1 prints a plus in the exponent, so its difference must be B's Elo minus A's."""
+    return torch.sigmoid(to_float64(elo) / ELO)
+
+
+def win_rate_to_elo(win_rate):
+    """The inverse of `elo_to_win_rate`. It is infinite for win rates of 0 and 1."""
+    return ELO * torch.logit(to_float64(win_rate))
+
+
+def check_finite_elo(wins):
+    """Raises ValueError if the likelihood of Eq. B.1 has its maximum at infinity.
+
+    Finite Elos exist exactly where a chain of wins leads from every player to every other player
+    (Ford 1957). Otherwise moving some players up forever makes the choices ever likelier."""
+    players = len(wins)
+    chain = (wins > 0) | torch.eye(players, dtype=torch.bool)
+    for middle in range(players):  # Warshall: after this step, chains may pass through 0..middle
+        chain |= chain[:, middle, None] & chain[middle]
+    if not chain.all():
+        i, j = (~chain).nonzero()[0].tolist()
+        raise ValueError(f"no finite Elo: no chain of wins leads from player {i} to player {j}")
+
+
+def fit_elo(wins, anchor=0):
+    """Elo (players,) by maximum likelihood over all pairs (Eq. B.1), and its covariance in Elo^2.
+
+    wins (players, players): the diagonal is ignored. HH drop "unsure" choices (B.5); to keep them,
+    count half a win for each side. Only differences are known: player `anchor` has Elo and error 0.
+
+    The covariance (players, players) is the inverse of the Fisher information (HH, B.5: errors by
+    maximum likelihood, formula not given). It ignores that choices within one chat are related.
+    Raises ValueError if `wins` is not a table of counts, or if no finite Elo exists, as for someone
+    who never lost. No prior is built in, because it would decide how far ahead that player is; to
+    have one, add it to `wins`."""
+    wins = to_float64(wins)
+    players = len(wins)
+    all_counts = wins.isfinite().all() and (wins >= 0).all()
+    if players < 2 or wins.shape != (players, players) or not all_counts:
+        raise ValueError("wins must be a square table of counts for two or more players")
+    check_finite_elo(wins)
+
+    # Eq. B.1 is the log-likelihood of a logistic regression on the players' scores r = Elo / ELO.
+    # Each pair that met is a point. Its input has +1 for the first player and -1 for the second, so
+    # its logit is r_first - r_second. The target is the first player's share of the games.
+    identity = torch.eye(players, dtype=torch.float64)
+    inputs, targets, weights = [], [], []
+    for first in range(players):
+        for second in range(first + 1, players):
+            games = wins[first, second] + wins[second, first]
+            if games == 0:
+                continue
+            inputs.append(identity[first] - identity[second])
+            targets.append(wins[first, second] / games)
+            weights.append(games)
+
+    free = torch.arange(players)[torch.arange(players) != anchor]  # the anchor's score stays 0
+    no_prior = torch.zeros(len(free), dtype=torch.float64)
+    scores, information = logistic_fit(
+        torch.stack(inputs)[:, free], torch.stack(targets), torch.stack(weights), no_prior)
+
+    # The Fisher information is the expected Hessian of minus the log-likelihood. Here it is the
+    # Hessian itself, the sum of games * p (1 - p) * input input', in which nobody's wins appear.
+    elo = torch.zeros(players, dtype=torch.float64)
+    elo[free] = ELO * scores
+    covariance = torch.zeros(players, players, dtype=torch.float64)
+    covariance[free[:, None], free] = ELO**2 * torch.linalg.inv(information)
+    return elo, covariance
+
+
+def elo_error(covariance, i: int, j: int) -> float:
+    """Standard error of player i's Elo minus player j's. It is the same for every anchor."""
+    variance = covariance[i, i] + covariance[j, j] - 2 * covariance[i, j]
+    return variance.clamp(min=0).sqrt().item()  # rounding can take a variance of 0 below 0
+
+
+# ---- 4. Best of n ------------------------------------------------------------
+# Legend: N samples were drawn for each prompt; n <= N of them compete. Rank 1 is the worst score.
+
+
+def best_of_n(scores, values):
+    """Expected value of the best of n samples by score, for n = 1..N at once (B.6, Fig. 36).
+
+    scores, values (prompts, N): the PM's score of each sample, and what is measured on it (the true
+    reward, or the score itself). Returns (prompts, N), column n - 1 for n; average over prompts.
+    All subsets of n samples count equally, so the estimate is unbiased and nothing is drawn (OO use
+    it, from Nakano et al., App. I). Samples of equal score count as if chance broke the ties."""
+    scores, order = to_float64(scores).sort(1)  # ascending, so that rank i is in column i - 1
+    values = to_float64(values).gather(1, order)
+    for prompt in range(len(scores)):  # give each sample the mean value of those with its score
+        _, group = torch.unique_consecutive(scores[prompt], return_inverse=True)  # (N,)
+        mean = torch.bincount(group, weights=values[prompt]) / torch.bincount(group)  # (groups,)
+        values[prompt] = mean[group]
+
+    # Rank i is the best of a subset if the n - 1 others are among the i - 1 ranks below. That is so
+    # in C(i-1, n-1) of all C(N, n) subsets, and weights[i - 1, n - 1] is the ratio of the two.
+    # For rank N it is n / N. As C(i-2, n-1) / C(i-1, n-1) = (i - n) / (i - 1), the lower ranks
+    # follow one by one, without large factorials; below rank n the ratio is 0.
+    N = scores.shape[1]
+    n = torch.arange(1, N + 1, dtype=torch.float64)  # (N,)
+    weights = torch.empty(N, N, dtype=torch.float64)  # (ranks, n)
+    weights[N - 1] = n / N
+    for rank in range(N, 1, -1):
+        weights[rank - 2] = weights[rank - 1] * (rank - n) / (rank - 1)
+    return values @ weights
+
+
+def best_of_n_kl(n):
+    """KL divergence of best-of-n from the policy it samples, in nats: log n - (n - 1) / n (OO §2).
+
+    HH quote the upper bound log n (B.6): 4.2 instead of 3.2 for n = 64. The formula holds if no two
+    samples tie; where they may, it is an upper bound itself."""
+    n = to_float64(n)
+    return n.log() - (n - 1) / n
+
+
+# ---- 5. Outliers -------------------------------------------------------------
+# Legend: B rows of a batch, T time, L layers, D width of the hidden vectors. "Inliers" are prompts
+# in distribution (helpful requests), "outliers" are others (red-team prompts); vectors (rows, D).
+
+
+@torch.no_grad()
+def features(model: GPT, rows: list[list[int]], mean=False, token_budget: int = 0, device="cpu"):
+    """One hidden vector a row and layer (§5.4) -> (L, rows, D) float32 on the CPU.
+
+    Entry [i] is the residual stream after block i, counted from 0. `rows` hold token ids, at least
+    one each. The vector is read on a row's last token or, with `mean`, averaged over all its tokens
+    (which tokens HH read: not stated)."""
+    lengths = [len(row) for row in rows]
+    vectors = torch.empty(len(model.blocks), len(rows), model.cfg.d_model)
+    for batch in batches_by_length(lengths, tokens_at_once(token_budget, device)):
+        ids, n_tokens = pad([rows[i] for i in batch])
+        ids, n_tokens = ids.to(device), n_tokens.to(device)[:, None]  # (B, T), (B, 1)
+        positions = torch.arange(ids.shape[1], device=device)  # (T,)
+        if mean:
+            weights = (positions < n_tokens) / n_tokens  # (B, T), 0 on pads
+        else:
+            weights = (positions == n_tokens - 1).float()  # (B, T)
+        with autocast(device):
+            hidden = model.embed_at(ids, positions)  # (B, T, D), as in GPT.forward
+            for layer, block in enumerate(model.blocks):
+                hidden = block(hidden)
+                vectors[layer, batch] = (weights[..., None] * hidden.float()).sum(1).cpu()  # (B, D)
+    return vectors
+
+
+def fit_gaussian(inliers, ridge=1e-6):
+    """Mean (D,) and covariance (D, D) of the inliers' vectors, by 1 / rows (§5.4).
+
+    `ridge` times the mean variance is added to each variance (HH mention no such term). Without it,
+    the covariance of D or fewer vectors cannot be inverted; with few vectors, take a larger one."""
+    inliers = to_float64(inliers)
+    mean = inliers.mean(0)
+    centered = inliers - mean
+    covariance = centered.T @ centered / len(inliers)
+    covariance.diagonal().add_(ridge * covariance.diagonal().mean())
+    return mean, covariance
+
+
+def mahalanobis(vectors, mean, covariance, relative=True):
+    """Outlier scores (rows,) of vectors (rows, D): z' S^-1 z, z = vector - mean, S the covariance.
+
+    `relative` is the simplified relative Mahalanobis score (§5.4, Fig. 22). It subtracts the same
+    expression with only the diagonal of S, which ignores correlations. The difference says how
+    unusual the coordinates are together. HH find it better at every layer and size (Fig. 39)."""
+    z = (to_float64(vectors) - mean).T  # (D, rows)
+    # Cholesky: S = C C' with C lower triangular, so z' S^-1 z = (C^-1 z)' (C^-1 z) = |C^-1 z|^2.
+    # Solving with C needs no inverse, and `cholesky` raises an error where S has none.
+    C = torch.linalg.cholesky(covariance)
+    whitened = torch.linalg.solve_triangular(C, z, upper=False)  # C^-1 z, (D, rows)
+    distance = (whitened**2).sum(0)  # (rows,)
+    if relative:
+        distance = distance - (z**2 / covariance.diagonal()[:, None]).sum(0)
+    return distance
+
+
+def outlier_exposure(inliers, outliers, l2=1.0):
+    """A detector that has seen a few outliers (§5.4, Fig. 23): a linear classifier of vectors.
+
+    Returns weight (D,) and bias; vectors @ weight + bias is the outlier score, a logit.
+    For balance, HH repeat each outlier len(inliers) // len(outliers) times in the training set; it
+    has that weight here. HH read the last layer of models of 4 and 6 layers, and the middle one of
+    larger models. How they train the classifier is not stated: here by logistic regression on
+    standardized coordinates with penalty l2 |c|^2 / 2. Without the penalty no best c exists where a
+    plane separates the two groups, as it does for few outliers in large D."""
+    mean, covariance = fit_gaussian(inliers)
+    scale = covariance.diagonal().sqrt()  # (D,), not 0 even for a constant coordinate: the ridge
+    vectors = torch.cat([to_float64(inliers), to_float64(outliers)])  # (rows, D)
+    inputs = F.pad((vectors - mean) / scale, (0, 1), value=1.0)  # (rows, D + 1), 1 for the bias
+    targets = torch.zeros(len(inputs), dtype=torch.float64)
+    targets[len(inliers):] = 1
+    weights = torch.ones_like(targets)
+    weights[len(inliers):] = max(1, len(inliers) // len(outliers))
+    penalty = torch.full((inputs.shape[1],), l2, dtype=torch.float64)
+    penalty[-1] = 0  # the bias is free
+    coefficients, _ = logistic_fit(inputs, targets, weights, penalty)
+    # Back to the vectors' own units: c . (v - mean) / scale + b = weight . v + (b - weight . mean).
+    weight = coefficients[:-1] / scale  # (D,)
+    return weight, (coefficients[-1] - weight @ mean).item()
+
+
+def auroc(inliers, outliers) -> float:
+    """Area under the ROC curve: how often an outlier's score is above an inlier's, ties half."""
+    inliers = to_float64(inliers).sort().values
+    outliers = to_float64(outliers)
+    below = torch.searchsorted(inliers, outliers, right=False)  # (outliers,) inliers strictly below
+    up_to = torch.searchsorted(inliers, outliers, right=True)  # (outliers,) inliers below or equal
+    return (below + up_to).double().mean().item() / (2 * len(inliers))

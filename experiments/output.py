@@ -1,0 +1,124 @@
+"""What comes out of an experiment: tables, means over seeds, a CSV file, a picture and a finding.
+
+Read it in this order:
+  1. Tables     select rows, average over seeds, print
+  2. Scripts    the options of a script, and what it leaves behind
+
+Legend:  "row": a dict of numbers under their names, a line of a table and of the CSV file
+"""
+import argparse
+import csv
+import math
+import sys
+import time
+from pathlib import Path
+
+import toy
+from run import TrainingError, UserError
+
+OUT, PICTURES = Path("out/experiments"), Path(__file__).parent / "pictures"
+
+# ---- 1. Tables ---------------------------------------------------------------
+
+
+def select(rows: list[dict], **where) -> list[dict]:
+    """The rows whose entries are equal to `where`."""
+    found = rows
+    for name, value in where.items():
+        found = [row for row in found if row.get(name) == value]
+    return found
+
+
+def column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]
+
+
+def mean_se(values) -> tuple[float, float]:
+    """The mean of numbers, most often one a seed, and its standard error (NaN for one number).
+
+    Two standard errors are no test at 5% with few seeds: Student's t asks for 4.3 of them with
+    three seeds, and for 12.7 with two."""
+    values = list(values)
+    mean, n = toy.mean_or_nan(values), len(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
+
+
+def table(rows: list[dict]):
+    """Print rows below the names of their entries."""
+    lines = [list(rows[0])]
+    for row in rows:
+        cells = []
+        for value in row.values():
+            cells.append(f"{value:.3f}" if isinstance(value, float) else str(value))
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("    " + "  ".join(map(str.rjust, line, widths)))
+
+
+# ---- 2. Scripts --------------------------------------------------------------
+
+
+def arguments(description: str, **more) -> argparse.Namespace:
+    """--seed, --full, --tiny, and a script's own options (name=default)."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--full", action="store_true", help="more seeds, sizes and data")
+    parser.add_argument("--tiny", action="store_true",
+                        help="a smoke test in seconds; its numbers mean nothing")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    args = parser.parse_args()
+    args.start = time.perf_counter()
+    return args
+
+
+def finish(name: str, args, rows: list[dict], draw, sentence: str):
+    """Write the rows as CSV, draw them with `draw(pyplot)` if matplotlib is installed, and print
+    the finding. A tiny run writes no file, because it would overwrite real results."""
+    if not args.tiny:
+        write_csv(OUT / f"{name}.csv", rows)
+        save_picture(PICTURES / f"{name}.png", draw)
+    print(f"{sentence}  ({time.perf_counter() - args.start:.0f} s)")
+
+
+def write_csv(path: Path, rows: list[dict]):
+    names = {}  # a dict keeps the order; a row may lack some entries of the others
+    for row in rows:
+        names |= row
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(names))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"    -> {path}")
+
+
+def save_picture(path: Path, draw):
+    try:
+        import matplotlib
+    except ImportError:
+        print("    no picture: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.figure(figsize=(6, 4), dpi=80)
+    draw(pyplot)
+    pyplot.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    pyplot.savefig(path)
+    print(f"    -> {path}")
+
+
+def main(script, description: str, **more):
+    """Run a script's function of its arguments. A mistake of the user's, or training that went
+    wrong, ends it with one sentence and status 2, as in the commands."""
+    args = arguments(description, **more)
+    try:
+        script(args)
+    except (UserError, TrainingError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,199 @@
+"""The five stages together: what each depends on, their common options, and their models.
+
+    corpus -> [1] lm.pt -> [2] initial.pt -> comparisons -> [4] pm.pt -> [5] policy.pt
+                    `----> [3] pmp.pt ----------------------^
+(The policy, too, starts from initial.pt.)
+
+Read it in this order:
+  1. PIPELINE    each stage's result, and the results that it depends on
+  2. RunConfig   the options of a whole run, and presets
+  3. Run         an output folder that also knows the data, the tokenizer and the models' shape
+"""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import hub
+from data import MIN_PROMPT, Tokenizer
+from model import GPT, SIZES, GPTConfig
+from pm import ScalarModel
+from run import UserError, choose_device, load, main as run_command
+from stage import Folder
+
+# ---- 1. PIPELINE -------------------------------------------------------------
+
+PIPELINE = {
+    "lm": ("lm.pt", ()),                          # 1. language-model pretraining
+    "cd": ("initial.pt", ("lm.pt",)),             # 2. context distillation -> the initial policy
+    "pmp": ("pmp.pt", ("lm.pt",)),                # 3. preference-model pretraining
+    "pm": ("pm.pt", ("initial.pt", "pmp.pt")),      # 4. the preference model, on stage 2's replies
+    "rl": ("policy.pt", ("initial.pt", "pm.pt")),  # 5. RLHF
+}
+WITH_SCALAR_HEAD = ("pmp.pt", "pm.pt")  # the other results are language models
+
+# ---- 2. RunConfig ------------------------------------------------------------
+
+
+@dataclass
+class RunConfig:
+    preset: str = ""         # a named set of options, listed below; explicit options override it
+    data: str = "toy"        # "toy", "hh-rlhf" (downloaded once), or a folder or .jsonl[.gz] file
+    subsets: str = ""        # of a data folder, e.g. helpful-base,harmless-base (empty: all)
+    out: str = ""            # output folder (default: out/<preset or name of the data>-<seed>)
+    init: str = ""           # weights to start from: gpt2[-medium, -large, -xl] or a path
+    size: str = "toy"        # shape of every model: toy, gpt2[-medium, ...], or HH's 13M ... 52B
+    context: int = 0         # longest row in tokens (0: 192 for the toy, 512 for real data)
+    tokenizer: str = "auto"  # "bpe" trains one, "gpt2" is GPT-2's (auto: bpe for the toy only)
+    seed: int = 0            # seeds the data, the weights and all sampling
+    device: str = "auto"     # "cpu", "cuda", ... (auto: a GPU if there is one)
+    resume: bool = False     # continue an interrupted run from its last checkpoint
+    recompute: bool = False  # rerun blocks in the backward pass: less memory, a third more time
+    compile: bool = False    # torch.compile the blocks (needs a C++ compiler; slow to start)
+    export: str = ""         # also write the policy to this folder, for transformers
+
+
+# Options that may change between commands on the same folder.
+FREE_OPTIONS = ("out", "device", "resume", "recompute", "compile", "export")
+# Options of a stage that may change when it is resumed: they change results by rounding only.
+SPEED_OPTIONS = ("token_budget", "slots")
+# Exceptions to "above 0", and fields that have an upper limit of 1.
+RULES = {
+    "may_be_zero": ("seed", "context", "warmup", "weight_decay", "kl_coef", "gamma", "gae_lambda",
+                    "unfinished_penalty", "helpful", "harmless", "harmless_share",
+                    "harmless_weight", "slots", "token_budget", "cd.documents", "pmp.pairs"),
+    "at_most_one": ("gamma", "gae_lambda", "harmless_share"),
+}
+
+# For the full HH-RLHF data, GPT-2 and one GPU. The rates are the paper's multiples (context
+# distillation 0.05, PMP 0.1, PM and RL 0.01) of the pretraining rates that GPT-3's table gives for
+# these sizes, 6e-4 and 3e-4. The RL batch, the KL coefficient and the critic's rate are IG's; 400 x
+# 512 responses are about as many as in HH's Fig. 33. They have not yet been run at full length.
+_HH_RLHF_DATA = {
+    "run.data": "hh-rlhf", "run.context": 512, "cd.documents": 20_000, "pm.batch": 64,
+    "pmp.batch": 64, "pmp.binarized": True, "rl.iterations": 400, "rl.batch": 512,
+    "rl.max_response": 128, "rl.kl_coef": 0.02, "rl.warmup": 10, "rl.critic_lr": 9e-6,
+}
+PRESETS = {
+    # Every stage of the toy world in half a minute, for trying things out. Little is learned.
+    "tiny": {"lm.documents": 4000, "cd.documents": 300, "pmp.pairs": 300, "pm.helpful": 800,
+             "pm.harmless": 400, "pm.test": 200, "rl.iterations": 10, "rl.batch": 64,
+             "rl.minibatch": 32, "rl.eval_every": 5, "rl.eval_prompts": 96},
+    "gpt2-hh": _HH_RLHF_DATA | {"run.init": "gpt2", "cd.lr": 3e-5, "pmp.lr": 6e-5, "pm.lr": 6e-6,
+                      "rl.lr": 6e-6},
+    "gpt2-medium-hh": _HH_RLHF_DATA | {"run.init": "gpt2-medium", "cd.lr": 1.5e-5, "pmp.lr": 3e-5,
+                             "pm.lr": 3e-6, "rl.lr": 3e-6, "run.recompute": True},
+}
+
+
+def main(command, description: str, **configs):
+    """Parse the options of the stages in `configs` and run a command."""
+    run_command(command, description, configs, presets=PRESETS, **RULES)
+
+
+# ---- 3. Run ------------------------------------------------------------------
+
+
+class Run(Folder):
+    """An output folder that also knows what data, tokenizer and models its stages share."""
+
+    def __init__(self, cfg: RunConfig, can_export: bool = False):
+        """can_export: whether this command trains a policy that --export can write. Raises
+        UserError for options that contradict each other or name nothing known."""
+        check_choices(cfg, can_export)
+        self.cfg, self.device = cfg, choose_device(cfg.device)
+        self.toy = cfg.data == "toy"
+        self.data = None if self.toy else hub.resolve_data(cfg.data)
+        self.subsets = [name.strip() for name in cfg.subsets.split(",") if name.strip()] or None
+        self.context = cfg.context or (SIZES[cfg.size].context if self.toy else 512)
+        if self.context < MIN_PROMPT:
+            raise UserError(f"--context {self.context} is too short for a dialogue: at least "
+                            f"{MIN_PROMPT}")
+        self.tok: Tokenizer | None = None    # set by train_lm.train or load_tokenizer
+        self.shape: GPTConfig | None = None  # of the models; set only with --init
+        name = cfg.preset or Path(cfg.data).resolve().name.split(".")[0]
+        options = {}
+        for option, value in dataclasses.asdict(cfg).items():
+            if option not in FREE_OPTIONS:
+                options[option] = value
+        out = Path(cfg.out or f"out/{name}-{cfg.seed}")
+        super().__init__(out, PIPELINE, options, SPEED_OPTIONS, cfg.seed, cfg.resume)
+
+    def check_room(self, option: str, max_response: int):
+        """Responses of this length must leave room for a prompt and the end-of-context token."""
+        if self.context - max_response - 1 < MIN_PROMPT:
+            raise UserError(f"{option} {max_response} leaves no room for a prompt in --context "
+                            f"{self.context}")
+
+    def load_tokenizer(self):
+        """Load the tokenizer that stage 1 saved."""
+        self.tok = Tokenizer.load(self.path("tokenizer.json"))
+
+    def model_config(self) -> GPTConfig:
+        """The shape of every model: --size, or that of the weights that --init names."""
+        if self.shape is None and self.cfg.init and self.has("lm.pt"):
+            try:
+                self.shape = GPTConfig(**load(self.path("lm.pt"))["config"])
+            except (KeyError, TypeError):
+                raise UserError(f"{self.path('lm.pt')} does not say the shape of its model; "
+                                "delete it") from None
+        if self.shape is not None:
+            return self.shape
+        return dataclasses.replace(SIZES[self.cfg.size], vocab_size=self.tok.n_vocab,
+                                   context=self.context)
+
+    def load_model(self, name: str, device=None):
+        """The model in a stage's result, frozen and in eval mode: a GPT, or a ScalarModel for the
+        preference models. Raises UserError if it does not fit the present tokenizer, shape, or
+        parents."""
+        path, cfg = self.path(name), self.model_config()
+        saved = load(path)
+        self.check_parents(name, saved)
+        if saved.get("tokenizer") != self.tok.fingerprint:
+            raise UserError(f"{path} was trained with another tokenizer; use another --out or "
+                            "delete it")
+        if saved.get("config") != dataclasses.asdict(cfg):
+            raise UserError(f"{path} holds a model of the shape {saved.get('config')}, not the "
+                            "requested one; use another --out or delete it")
+        model = GPT(cfg)
+        if name in WITH_SCALAR_HEAD:
+            model = ScalarModel(model)
+        try:
+            model.load_state_dict(saved["model"])
+        except (KeyError, RuntimeError):
+            kind = type(model).__name__
+            raise UserError(f"{path} does not hold the weights of a {kind}") from None
+        return model.to(device or self.device).eval().requires_grad_(False)
+
+    def checkpoint(self, model) -> dict:
+        """The contents of a stage's result file, for `Stage.end`."""
+        cfg = dataclasses.asdict(trunk_of(model).cfg)
+        return {"model": model.state_dict(), "config": cfg, "tokenizer": self.tok.fingerprint}
+
+    def prepare(self, model):
+        """Make a model trainable, and apply --recompute and --compile."""
+        gpt = trunk_of(model)
+        gpt.recompute = self.cfg.recompute
+        if self.cfg.compile:
+            for block in gpt.blocks:
+                block.compile(dynamic=True)  # dynamic: batches have many lengths
+        return model.requires_grad_(True)
+
+
+def trunk_of(model) -> GPT:
+    """The GPT inside a model."""
+    return model.trunk if isinstance(model, ScalarModel) else model
+
+
+def check_choices(cfg: RunConfig, can_export: bool):
+    """Raise UserError for options that contradict each other or are unknown."""
+    if cfg.export and not can_export:
+        raise UserError("--export works only with train_rl.py, which trains a policy")
+    if cfg.size not in SIZES:
+        raise UserError(f"--size {cfg.size}: choose one of {', '.join(SIZES)}")
+    if cfg.tokenizer not in ("auto", "bpe", "gpt2"):
+        raise UserError(f"--tokenizer {cfg.tokenizer}: choose auto, bpe or gpt2")
+    if cfg.data == "toy" and (cfg.tokenizer == "gpt2" or cfg.init or cfg.subsets):
+        raise UserError("--tokenizer gpt2, --init and --subsets apply to real data only; the toy "
+                        "world has its own tokenizer and models")
+    if cfg.init and cfg.tokenizer == "bpe":
+        raise UserError("--init needs GPT-2's tokenizer; leave out --tokenizer bpe")

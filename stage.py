@@ -1,0 +1,300 @@
+"""One output folder, and how a training stage starts, resumes and ends in it.
+
+This file knows nothing about models or RLHF. Every trainer uses a stage in the same way:
+
+    stage = run.begin("pm", cfg)     # check the options; with --resume, read the interrupted state
+    if stage is None:                # --resume was given, and the result is already there
+        return
+    ...                              # read data; a mistake found here leaves the folder as it was
+    stage.start(pm=pm, optimizer=optimizer)  # restore both; an older result is now stale
+    for step, batch in stage.steps(batches, save_every=50):
+        ...                          # one training step
+        stage.log(step, loss=loss)   # a line of metrics.jsonl
+    stage.end(model=pm.state_dict())  # write the result, then delete the state
+
+While it runs, a stage keeps <stage>_state.pt. --resume restores from this file the networks, the
+optimizer, the step and the number of metrics lines. No generator state is needed: step 30 of a
+resumed run draws the random numbers that step 30 always draws (run.rng). Without --resume the
+stage starts over. Read the file in this order:
+  1. Folder  which result depends on which, and whether a result can be used
+  2. Stage   its methods, in the order in which they run
+"""
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from random import Random
+
+import torch
+from tqdm import tqdm
+
+from run import UserError, file_hash, flag, load, rng, save, torch_rng, write_atomically
+
+# ---- 1. Folder ---------------------------------------------------------------
+
+
+class Folder:
+    """One output folder: config.json, metrics.jsonl, and a checkpoint for each stage.
+
+    pipeline: {stage: (its result, the results it depends on)}, in the order in which stages run.
+    options: what all the stages of one folder must agree on, as {option: value}.
+    speed_options: options of a stage that may change when it is resumed.
+    resume: whether an interrupted stage continues from its state."""
+
+    def __init__(self, out: Path, pipeline: dict, options: dict, speed_options: tuple[str, ...],
+                 seed: int, resume: bool):
+        self.out, self.pipeline = out, pipeline
+        self.options, self.speed_options = options, speed_options
+        self.seed, self.resume = seed, resume
+
+    def path(self, name: str) -> Path:
+        return self.out / name
+
+    def has(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def rng(self, *name) -> Random:
+        """A generator named by its purpose; see run.rng."""
+        return rng(self.seed, *name)
+
+    def torch_rng(self, *name) -> torch.Generator:
+        return torch_rng(self.seed, *name)
+
+    def begin(self, name: str, cfg) -> "Stage | None":
+        """Return the stage, ready to run; or print a note and return None if --resume finds that it
+        is done. Raises UserError if the folder, or its state, was made with other options."""
+        self.check_options()
+        result_name, parent_names = self.pipeline[name]
+        stage = Stage(self, name, cfg, self.path(result_name), self.paths(parent_names))
+        # A finished stage has a result and no state: `Stage.end` deletes the state last.
+        if self.resume and stage.result.exists() and not stage.state_path.exists():
+            self.check_parents(result_name, load(stage.result))
+            print(f"nothing to resume: {stage.result} is there, and this stage is complete"
+                  + stage.ignored_note())
+            return None
+        stage.read_state()
+        return stage
+
+    def reuse(self, name: str, cfg) -> bool:
+        """Return whether an earlier stage's result can be used; print what was decided."""
+        self.check_options()
+        result_name, _ = self.pipeline[name]
+        stage = Stage(self, name, cfg, self.path(result_name), parents=[])  # hashed if it is used
+        if stage.state_path.exists():  # a state marks the result beside it as stale
+            print(f"{stage.result} is unfinished; its stage runs first")
+            return False
+        if not stage.result.exists():
+            print(f"{stage.result} is missing; its stage runs first")
+            return False
+        self.check_parents(result_name, load(stage.result))
+        print(f"{stage.result} is there and used as it is" + stage.ignored_note())
+        return True
+
+    def check_options(self):
+        """Raise UserError if the folder was made with other options that all stages share."""
+        changes = _changes(read_config(self.out).get("run", {}), self.options, prefix="run")
+        if changes:
+            raise UserError(f"{self.out} was made with other options ({changes}): "
+                            "use another --out or delete it")
+
+    def check_parents(self, result_name: str, saved: dict):
+        """Raise UserError if a result's parents are not the files that are here now."""
+        for trained, parent_names in self.pipeline.values():
+            parents = self.paths(parent_names)
+            if trained == result_name and parents and saved.get("parents") != file_hash(parents):
+                raise UserError(f"{self.path(result_name)} was not trained from the present "
+                                f"{_join(parents)}; delete it to train a new one")
+
+    def paths(self, names) -> list[Path]:
+        return [self.path(name) for name in names]
+
+    def descendants(self, name: str) -> set[str]:
+        """The stages that depend on the result of stage `name`."""
+        stale_results, stages = {self.pipeline[name][0]}, set()
+        for stage, (result_name, parent_names) in self.pipeline.items():
+            if stale_results & set(parent_names):
+                stale_results.add(result_name)
+                stages.add(stage)
+        return stages
+
+
+def read_config(out: Path) -> dict:
+    """config.json of a folder: {"run": options, stage: its options, ...}; {} if there is none."""
+    path = out / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, OSError):
+        config = None
+    if not isinstance(config, dict) or not all(isinstance(v, dict) for v in config.values()):
+        raise UserError(f"{path} is not a config of this project; use another --out")
+    return config
+
+
+# ---- 2. Stage ----------------------------------------------------------------
+
+
+class Stage:
+    """One training stage of a folder. The docstring at the top of this file shows how to use it."""
+
+    def __init__(self, folder: Folder, name: str, cfg, result: Path, parents: list[Path]):
+        self.folder, self.name, self.cfg = folder, name, cfg
+        self.result, self.parents = result, parents
+        self.state_path = folder.path(f"{name}_state.pt")
+        self.metrics_path = folder.path("metrics.jsonl")
+        self.parent_hash = file_hash(parents)  # taken before this run reads them
+        self.state: dict | None = None         # what an interrupted run saved
+        self.first_step, self.n_steps = 0, 0
+        self.n_lines = 0                       # lines of metrics.jsonl that this stage has written
+        self.parts = {}                        # name -> what is trained: anything with a state_dict
+        self.bar = None
+        self.clock = time.perf_counter()
+
+    def read_state(self):
+        """Read the state to resume, if there is one and --resume asks for it."""
+        if not self.state_path.exists():
+            return
+        if not self.folder.resume:
+            print(f"{self.state_path} comes from an interrupted run; "
+                  "without --resume this stage starts over")
+            return
+        if self.changes():
+            raise UserError(f"{self.folder.out} was begun with other options ({self.changes()}): "
+                            "resume with the same ones")
+        state = load(self.state_path)
+        if state.get("stage") != self.name:
+            raise UserError(f"{self.state_path} is not the state of an interrupted {self.name} "
+                            "stage; delete it to start over")
+        if "step" not in state:  # interrupted before the first step, see `record`
+            return
+        if state.get("parents") != self.parent_hash:
+            raise UserError(f"{self.state_path} was not made with the present "
+                            f"{_join(self.parents)}; delete it to start over")
+        self.state = state
+
+    def changes(self) -> str:
+        """How this stage's options differ from those in config.json, in words; "" if they agree."""
+        recorded = read_config(self.folder.out).get(self.name, {})
+        options = dataclasses.asdict(self.cfg)
+        for name in self.folder.speed_options:
+            options.pop(name, None)
+        return _changes(recorded, options, prefix=self.name)
+
+    def ignored_note(self) -> str:
+        changes = self.changes()
+        return f" (ignored: {changes})" if changes else ""
+
+    def record(self):
+        """Write this stage's options to config.json, and an empty state, which marks an older
+        result as stale. Call it once the options and the data have been checked."""
+        if self.state is None:  # a fresh start: no older state may outlive its options
+            save(self.state_path, stage=self.name)
+        config = read_config(self.folder.out)
+        config["run"] = self.folder.options
+        config[self.name] = dataclasses.asdict(self.cfg)
+        write_atomically(self.folder.path("config.json"), json.dumps(config, indent=2).encode())
+
+    def start(self, **parts):
+        """Record the options and restore `parts` from the state, if a run was interrupted. They are
+        the networks and optimizers that the state holds; a stage that trains nothing has none."""
+        self.record()
+        self.parts = parts
+        if self.state is not None:
+            for name, part in parts.items():
+                part.load_state_dict(self.state["parts"][name])
+            self.first_step, self.n_lines = self.state["step"], self.state["lines"]
+            self.state = None  # frees the memory
+        self._trim_metrics()
+
+    def resumed_note(self) -> str:
+        return f", from step {self.first_step}" if self.first_step else ""
+
+    def steps(self, items, save_every: int, unit: str = "step"):
+        """Yield (step, item) for each remaining step, with a progress bar. The state is saved
+        before step 0, before every `save_every`-th step, and after the last one."""
+        self.n_steps = len(items)
+        with tqdm(desc=self.name, unit=unit, initial=self.first_step, total=self.n_steps,
+                  leave=False, disable=None) as self.bar:  # disable=None: only in a terminal
+            for step in range(self.first_step, self.n_steps):
+                if step % save_every == 0:
+                    self._save_state(step)
+                yield step, items[step]
+                self.bar.update()
+        self.bar = None
+        self._save_state(self.n_steps)
+
+    def log(self, step: int, every: int = 1, **numbers):
+        """Append a line to metrics.jsonl, at every `every`-th step and at the last one.
+        On one machine, all numbers but `seconds` repeat exactly."""
+        if step % every != 0 and step != self.n_steps - 1:
+            return
+        line = {"stage": self.name, "step": step}
+        for name, number in numbers.items():
+            line[name] = _plain(number)
+        line["seconds"] = round(time.perf_counter() - self.clock, 2)
+        try:
+            with open(self.metrics_path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics_path}: {error.strerror}") from None
+        self.n_lines += 1
+        if self.bar is not None and every > 1:  # a stage that logs each step prints lines instead
+            self.bar.set_postfix(numbers)
+
+    def end(self, **content):
+        """Write the result, and delete the state."""
+        save(self.result, **content, parents=self.parent_hash)
+        self.state_path.unlink(missing_ok=True)
+        print(f"    -> {self.result}  ({time.perf_counter() - self.clock:.0f} s)")
+
+    def _save_state(self, step: int):
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        save(self.state_path, stage=self.name, parents=self.parent_hash, step=step,
+             lines=self.n_lines, parts=parts)
+
+    def _trim_metrics(self):
+        """Drop this stage's lines from after its last saved state, and the lines of the stages that
+        depend on it."""
+        descendants = self.folder.descendants(self.name)
+        kept, n_own = [], 0
+        if self.metrics_path.exists():
+            for line in self.metrics_path.read_text(errors="replace").splitlines():
+                try:
+                    line_stage = json.loads(line)["stage"]
+                except (ValueError, TypeError, KeyError):
+                    continue  # cut short when a run was killed
+                if line_stage in descendants:
+                    continue
+                if line_stage == self.name:
+                    n_own += 1
+                    if n_own > self.n_lines:
+                        continue
+                kept.append(line + "\n")
+        write_atomically(self.metrics_path, "".join(kept).encode())
+
+
+def _plain(number, digits: int | None = 6):
+    """A number as JSON can hold it: rounded, and None for NaN and infinity, which JSON lacks. The
+    numbers in a nested table keep all their digits."""
+    if isinstance(number, dict):
+        return {key: _plain(value, digits=None) for key, value in number.items()}
+    if isinstance(number, float):
+        if not math.isfinite(number):
+            return None
+        return number if digits is None else round(number, digits)
+    return number
+
+
+def _changes(recorded: dict, now: dict, prefix: str) -> str:
+    """Which options differ, in words; "" if none. An option that was not recorded is no change."""
+    words = []
+    for name, value in now.items():
+        if name in recorded and recorded[name] != value:
+            words.append(f"{flag(f'{prefix}.{name}')} was {recorded[name]!r}, now {value!r}")
+    return "; ".join(words)
+
+
+def _join(paths: list[Path]) -> str:
+    return " and ".join(str(path) for path in paths)

@@ -1,0 +1,180 @@
+"""Tests of evaluate.py: where prompts come from, what is measured on replies, and the command."""
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluate as module
+import toy
+from data import PATTERN, SINGLE_BYTES, Comparison, Tokenizer, write_comparisons
+from evaluate import PromptBatch, Prompts, evaluate, mean_truth, side_by_side, table
+from helpers import StubRun, doubled, exact_response, exact_score, shaken
+from model import GPT, GPTConfig
+from pipeline import Run, RunConfig
+from pm import ScalarModel
+from ppo import PPOConfig
+from rollout import plain_rollout
+from run import file_hash, save, torch_rng
+
+TOK, OPENING = Tokenizer("bytes", PATTERN, SINGLE_BYTES), "\n\nAssistant:"
+
+
+def test_toy_prompts_are_of_the_split_and_the_kinds_that_are_asked_for(monkeypatch):
+    asked, draw_prompt = [], module.toy_corpus.draw_prompt
+
+    def spy(rng, kind, held_out):
+        asked.append((kind, held_out))
+        return draw_prompt(rng, kind, held_out)
+    monkeypatch.setattr(module.toy_corpus, "draw_prompt", spy)
+    prompts = Prompts(StubRun(tok=TOK, toy=True), 32, harmless_share=0.9)
+    batch = prompts.draw(400, "train", 0, held_out=False)
+    held_out = prompts.held_out(600)
+    assert asked == [(k, False) for k in batch.kinds] + [(k, True) for k in held_out.kinds]
+    # Shares of harmless prompts, and four standard errors of them.
+    assert abs(batch.kinds.count("harmless") / 400 - 0.9) < 4 * (0.9 * 0.1 / 400) ** 0.5
+    assert abs(held_out.kinds.count("harmless") / 900 - 1 / 3) < 4 * (2 / 9 / 900) ** 0.5
+    assert len(held_out.texts) == 900  # about 600 of them helpful
+    assert batch.ids == [TOK.encode_dialogue(text) for text in batch.texts]
+    assert prompts.draw(400, "train", 0, held_out=False) == batch
+    assert prompts.draw(400, "train", 1, held_out=False).texts != batch.texts
+    zero = prompts.draw(50, "x", held_out=True, harmless_share=0.0)
+    assert zero.kinds == ["helpful"] * 50  # 0 is a share, too
+
+
+def test_a_long_real_prompt_loses_its_beginning(tmp_path, capsys):
+    """It keeps the open turn at its end. A prompt of many comparisons is one prompt."""
+    for split in ("train", "test"):
+        for kind in ("helpful", "harmless"):
+            end, pairs = f"\n\nHuman: {split} {kind}{OPENING}", []
+            for text in (end, f"\n\nHuman: long{OPENING} reply" * 9 + end):
+                pairs += [Comparison(text, f" yes {i}", " no", kind) for i in range(5)]
+            write_comparisons(tmp_path / f"{kind}-base" / f"{split}.jsonl", pairs)
+    prompts = Prompts(StubRun(tok=TOK, data=tmp_path, context=100), 32, harmless_share=0.0)
+    assert "4 train prompts; 2 exceed 67 tokens" in capsys.readouterr().out
+    for held_out, split in ((False, "train"), (True, "test")):
+        batch = prompts.draw(60, "x", held_out=held_out)
+        assert len(set(batch.texts)) == 4 and prompts.draw(60, "y", held_out=held_out) != batch
+        for text, kind, ids in zip(batch.texts, batch.kinds, batch.ids):
+            assert ids == TOK.encode_dialogue(text)[-67:]
+            assert TOK.decode(ids).endswith(f"{split} {kind}{OPENING}")
+    assert all(" test " in text for text in prompts.held_out(4).texts)
+
+
+def test_evaluate_measures_the_policy_that_it_is_given():
+    """Scores and KL(policy || reference) of known models at a temperature other than 1."""
+    torch.manual_seed(0)
+    nets, run = [], StubRun(tok=TOK, toy=True, context=512)
+    for seed in (1, 2, 3):
+        net = shaken(GPT(GPTConfig(1, 2, 16, TOK.n_vocab, run.context)), seed)
+        with torch.no_grad():  # so that some replies end
+            net.embed.weight[TOK.end_of_turn] = 2 * net.ln_f.bias
+        nets.append(doubled(net).requires_grad_(False))
+    policy, reference, pm = nets[0], nets[1], ScalarModel(nets[2]).double()
+    pm.mean += 0.4
+    cfg = PPOConfig(max_response=6, temperature=0.7, unfinished_penalty=1.5, token_budget=1000)
+    prompts = Prompts(run, 6, 0.5).held_out(8)
+    uniforms = torch.rand(12, 6, generator=torch_rng(0, "eval"))
+    results = []
+    for net in (policy, reference):
+        ro, kl, scores = plain_rollout(net, prompts.ids, uniforms, TOK.end_of_turn, 0.7), 0.0, []
+        for n, prompt in enumerate(prompts.ids):
+            logp, _ = exact_response(net, prompt, ro, n, 0.7)
+            ref_logp, _ = exact_response(reference, prompt, ro, n, 0.7)
+            kl += (logp - ref_logp).sum().item() / 12
+            row = prompt + ro.responses()[n] + [TOK.end_of_context]
+            scores.append(exact_score(pm, row) - (0 if ro.finished[n] else 1.5))
+        texts = [TOK.decode(response) for response in ro.responses()]
+        expected = {"kl": kl, "sqrt_kl": max(kl, 0) ** 0.5, "tokens": ro.mask.sum().item() / 12,
+                    "finished": ro.finished.sum().item() / 12}
+        for kind in ("helpful", "harmless"):
+            mine = [score for score, k in zip(scores, prompts.kinds) if k == kind]
+            expected[f"score_{kind}"] = sum(mine) / len(mine)
+        expected |= toy.rates(prompts.texts, prompts.kinds, texts)
+        numbers, replies = evaluate(run, cfg, net, reference, pm, prompts)
+        # Means of counts are in float32.
+        assert replies == texts and numbers == pytest.approx(expected, abs=1e-6, nan_ok=True)
+        results.append(numbers)
+    assert results[0]["kl"] > 0.1 and results[1]["kl"] == 0
+    assert 0 < results[0]["finished"] < 1
+    assert results[0]["score_helpful"] != results[1]["score_helpful"]
+    # The truth that RL logs is that of each reply under its prompt's kind.
+    truths, refusals = [], [TOK.encode(" " + toy.REFUSALS[0])] * 12
+    for text, kind in zip(prompts.texts, prompts.kinds):
+        truths.append(toy.truth(text, " " + toy.REFUSALS[0], kind))
+    ro = SimpleNamespace(responses=lambda: refusals)
+    assert mean_truth(run, prompts, ro) == sum(truths) / 12 and len(set(truths)) > 1
+
+
+def test_tables_by_hand():
+    lines = table({"kl": 0.0, "tokens": 7.25}, {"kl": 2.5, "tokens": 8.0}, names=("a", "b"))
+    assert [line.split() for line in lines.splitlines()] == [
+        "held-out prompts a b".split(), "KL to the initial policy (nats) 0.000 2.500".split(),
+        "tokens a response 7.250 8.000".split()]
+    texts = ["\n\nHuman: p" + OPENING, f"\n\nHuman: q{OPENING} r\n\nHuman: p{OPENING}",
+             "\n\nHuman: s" + OPENING, "\n\nHuman: t" + OPENING]
+    prompts = PromptBatch(texts, ["harmless", "harmless", "helpful", "helpful"], [])
+    replies = [" b0", " b1", " b2", " b3"], [" a0", " a1", " a2", " a3"]
+    assert side_by_side(prompts, *replies, n_each=1) == (
+        "Human: s\n\nAssistant:\n    initial: b2\n    RLHF:    a2\n\n"
+        "Human: p\n\nAssistant:\n    initial: b0\n    RLHF:    a0\n")
+    found = side_by_side(prompts, *replies)
+    assert " b3" in found and " b1" not in found  # its question has been asked
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A finished run of untrained models."""
+    out = tmp_path / "out"
+    folder = Run(RunConfig(out=str(out), context=512))
+    folder.tok = TOK
+    TOK.save(folder.path("tokenizer.json"))
+    rl = {"max_response": 6, "eval_prompts": 4, "temperature": 0.7, "save_every": 5}
+    folder.path("config.json").write_text(json.dumps({"run": folder.options, "rl": rl}))
+    for seed, name in enumerate(("lm.pt", "initial.pt", "pmp.pt", "policy.pt", "pm.pt")):
+        torch.manual_seed(seed)
+        model = GPT(folder.model_config())
+        if name.startswith("pm"):
+            model = ScalarModel(model)
+        parents = [folder.path("initial.pt"), folder.path("pmp.pt")] if name == "pm.pt" else []
+        save(folder.path(name), **folder.checkpoint(model), parents=file_hash(parents))
+    return out
+
+
+def test_the_command_compares_two_policies(out, monkeypatch, capsys):
+    elsewhere = out.parent / "elsewhere.pt"
+    elsewhere.write_bytes((out / "policy.pt").read_bytes())
+    kls = []
+    for args, names in (((), "initial policy"), (("lm.pt", str(elsewhere)), "lm elsewhere")):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), *args, "--device", "cpu"])
+        module.main()
+        printed = capsys.readouterr().out
+        lines = {line[4:42].strip(): line[42:].split() for line in printed.splitlines()}
+        assert lines["held-out prompts"] == names.split() and f"    {names.split()[1]}:" in printed
+        assert max(map(float, lines["tokens a response"])) <= 6  # the run's own limit
+        kls += lines["KL to the initial policy (nats)"]
+    assert kls[0] == "0.000" and float(kls[1]) > 0.1 and float(kls[2]) > 0.1 and kls[3] == kls[1]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", None, "is not the output folder of a run: it has no config.json"),
+    ("config.json", b"{", "is not a config of this project"),
+    ("config.json", b'{"run": {"x": 1}}', "does not hold the options of a run"),
+    ("tokenizer.json", None, "cannot read the tokenizer"),
+    ("policy.pt", None, "does not exist"), ("policy.pt", b"PK", "is not a checkpoint"),
+    ("policy.pt", {}, "was trained with another tokenizer"),
+    ("policy.pt", {"tokenizer": TOK.fingerprint}, "does not hold a language model"),
+    ("policy.pt", {"tokenizer": TOK.fingerprint, "model": {}}, "does not hold a language model"),
+    ("initial.pt", {"tokenizer": TOK.fingerprint}, "pm.pt was not trained from the present")])
+def test_a_broken_folder_gives_one_sentence(out, monkeypatch, capsys, name, content, message):
+    (out / name).unlink()
+    if isinstance(content, dict):
+        save(out / name, **content)
+    elif content is not None:
+        (out / name).write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out)])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1

@@ -1,0 +1,487 @@
+"""Tests of run.py, stage.py and pipeline.py: options, files, and the life of a stage.
+
+The stages here train four numbers each, so that they can die at every file that they write."""
+import dataclasses
+import json
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import run as general
+from data import train_bpe
+from model import GPT, SIZES, GPTConfig
+from pipeline import PIPELINE, PRESETS, RULES, Run, RunConfig
+from pm import ScalarModel
+from run import TrainingError, UserError, check_finite, file_hash, flag, load, rng, save, torch_rng
+from stage import Folder
+from train_lm import CDConfig, LMConfig
+from train_pm import PMConfig, PMPConfig
+from train_rl import RLConfig
+
+CONFIGS = {"run": RunConfig, "lm": LMConfig, "cd": CDConfig, "pmp": PMPConfig, "pm": PMConfig,
+           "rl": RLConfig}
+FIELDS = {f"{prefix}.{field.name}": field
+          for prefix, config in CONFIGS.items() for field in dataclasses.fields(config)}
+
+
+# ---- 1. Options --------------------------------------------------------------
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    def parse(*args, configs=CONFIGS):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        return general.options("What it does.", configs, presets=PRESETS, **RULES)
+    return parse
+
+
+def value_of(parsed: dict, name: str):
+    return getattr(parsed[name.split(".")[0]], name.split(".")[1])
+
+
+# What is allowed besides numbers above 0, written out again.
+ZERO_IS_FINE = """run.seed run.context lm.warmup lm.weight_decay cd.documents pmp.pairs pmp.warmup
+    pmp.token_budget pm.helpful pm.harmless pm.warmup pm.harmless_weight pm.token_budget rl.warmup
+    rl.kl_coef rl.gamma rl.gae_lambda rl.unfinished_penalty rl.slots rl.token_budget
+    rl.harmless_share""".split()
+AT_MOST_ONE = ["rl.gamma", "rl.gae_lambda", "rl.harmless_share"]
+
+
+@pytest.mark.parametrize("name", [n for n, field in FIELDS.items() if field.type in (int, float)])
+def test_range_of_each_number(parse, name):
+    kind, configs = FIELDS[name].type, {name.split(".")[0]: CONFIGS[name.split(".")[0]]}
+    bad, words = [-1], "must be above 0"
+    if kind is float:
+        bad += [-0.01, float("nan"), float("inf")]
+    if name in ZERO_IS_FINE:
+        assert value_of(parse(flag(name), 0, configs=configs), name) == 0
+        words = "must be at least 0"
+    else:
+        bad.append(0)
+    if name in AT_MOST_ONE:
+        bad.append(1.01)
+        words += " and at most 1"
+    for value in bad:
+        with pytest.raises(UserError, match=f"^{flag(name)} {kind(value)}: {words}$"):
+            parse(f"{flag(name)}={value}", configs=configs)
+    assert value_of(parse(flag(name), 1, configs=configs), name) == 1
+
+
+def test_defaults_and_kinds_of_options(parse):
+    assert parse() == {prefix: config() for prefix, config in CONFIGS.items()}
+    parsed = parse("--resume", "--seed", 7, "--rl.kl-coef", "0.5", "--out", "a b", "--rl.batch=9")
+    assert parsed["run"] == RunConfig(resume=True, seed=7, out="a b")
+    assert parsed["rl"] == RLConfig(kl_coef=0.5, batch=9) and parsed["pm"] == PMConfig()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(parse, preset):
+    with pytest.raises(UserError, match="--preset huge: choose one of tiny, gpt2-hh"):
+        parse("--preset", "huge")
+    parsed = parse("--preset", preset)
+    for name, field in FIELDS.items():
+        expected = PRESETS[preset].get(name, preset if name == "run.preset" else field.default)
+        assert value_of(parsed, name) == expected, name
+    # An option that is given wins, even where it is given its default; others stay the preset's.
+    parsed = parse("--rl.iterations", RLConfig.iterations, "--preset", preset, "--seed", 3)
+    assert parsed["rl"].iterations == RLConfig.iterations and parsed["run"].seed == 3
+    some = {"run": RunConfig, "lm": LMConfig, "cd": CDConfig}  # a command of two stages
+    assert parse("--preset", preset, configs=some)["lm"] == parse("--preset", preset)["lm"]
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (UserError("too bad"), 2, "train.py: too bad"), (TrainingError("nan"), 2, "train.py: nan"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2,
+     "memory (CUDA out of memory): add --resume"),
+    (KeyboardInterrupt(), 130, "--resume")])
+def test_how_a_command_ends(monkeypatch, capsys, error, code, words):
+    def command(cd):
+        assert cd == CDConfig(batch=3)
+        raise error
+    monkeypatch.setattr(sys, "argv", ["somewhere/train.py", "--cd.batch", "3"])
+    with pytest.raises(SystemExit) as end:
+        general.main(command, "What it does.", {"cd": CDConfig})
+    err = capsys.readouterr().err
+    assert end.value.code == code and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_numbers_and_generators():
+    """Equal names give equal numbers, and each part of a name counts."""
+    for number in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(TrainingError, match=f"step 3: the policy loss is {number}"):
+            check_finite("step 3", gradient=1.0, policy_loss=number)
+    names = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 2), (0, "a1")]
+    assert len({rng(*name).random() for name in names}) == len(names)
+    assert len({torch.rand(1, generator=torch_rng(*name)).item() for name in names}) == len(names)
+
+
+# ---- 2. Checkpoints ----------------------------------------------------------
+
+
+class Code:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_load_refuses(tmp_path):
+    path, ran = tmp_path / "x.pt", tmp_path / "ran"
+    save(path, model={"w": torch.arange(3.0)}, parents="")
+    good = path.read_bytes()
+    torch.save({"model": Code(ran)}, path)
+    zipped = path.read_bytes()
+    torch.save([1, 2], path)
+    a_list = path.read_bytes()
+    torch.save(torch.zeros(3), path)
+    for content in (good[:len(good) // 2], b"", b"hello\n", zipped, a_list, path.read_bytes(),
+                    pickle.dumps({"model": Code(ran)})):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Code(ran)))
+    assert ran.exists()  # the bait would have worked
+    with pytest.raises(UserError, match="does not exist"):
+        load(tmp_path / "y.pt")
+    path.write_bytes(good)
+    assert load(path)["model"]["w"].tolist() == [0, 1, 2]
+
+
+# ---- 3. The life of a stage --------------------------------------------------
+
+STAGES = {"one": ("one.pt", ()), "two": ("two.pt", ("one.pt",)),
+          "three": ("three.pt", ("one.pt", "two.pt"))}
+
+
+@dataclass
+class Cfg:
+    lr: float = 0.1
+    steps: int = 7
+
+
+def folder(out: Path, resume=False, **options) -> Folder:
+    return Folder(out, STAGES, {"data": "toy", **options}, (), seed=0, resume=resume)
+
+
+def train(where: Folder, name: str, cfg=Cfg()) -> list[int] | None:
+    """A stage as the trainers have it -> the steps that it took, or None."""
+    stage = where.begin(name, cfg)
+    if stage is None:
+        return None
+    net = torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.zeros_(net.weight)
+    for parent in stage.parents:
+        net.load_state_dict(load(parent)["model"])
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr)
+    stage.start(net=net, optimizer=optimizer)
+    if stage.n_lines == 0:
+        stage.log(0, before=1.0)
+    done = []
+    for step, target in stage.steps(range(cfg.steps), save_every=3):
+        x = torch.randn(5, 4, generator=where.torch_rng(name, step))
+        loss = (net(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        stage.log(step, every=4, loss=loss.item())
+        done.append(step)
+    stage.log(cfg.steps, norm=net.weight.norm().item(), nothing=float("nan"))
+    stage.end(model=net.state_dict())
+    return done
+
+
+def train_all(where: Folder):
+    for name, (result, _) in STAGES.items():
+        if not where.reuse(name, Cfg()):
+            train(where, name)
+
+
+def content(out: Path) -> dict:
+    """All that a folder holds, but for the times in metrics.jsonl."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        if path.suffix == ".pt":
+            found[path.name] = repr(load(path))
+        elif path.is_file():
+            found[path.name] = path.read_bytes()
+    lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
+    found["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return found
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: no handler of the commands may catch it."""
+
+
+def die_at_a_new_write(monkeypatch, seen: set, before_odd: bool):
+    """Die at the first write that is not in `seen`: a file's name, and the step for a state. Every
+    other death comes before the new file gets its name, which leaves the temporary one behind."""
+    replace = os.replace
+
+    def replace_and_die(source, target):
+        key = str(target)
+        if key.endswith("_state.pt"):
+            key = key, torch.load(source, weights_only=True).get("step")
+        if key not in seen:
+            seen.add(key)
+            if len(seen) % 2 == before_odd:
+                raise Killed
+            replace(source, target)
+            raise Killed
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", replace_and_die)
+
+
+@pytest.mark.parametrize("before_odd", [False, True])
+def test_killed_at_each_write_and_resumed(tmp_path, monkeypatch, before_odd):
+    """The same weights and the same lines as in a run that nothing disturbs."""
+    train_all(folder(tmp_path / "whole"))
+    expected, seen, deaths = content(tmp_path / "whole"), set(), 0
+    while True:
+        with monkeypatch.context() as patch:
+            die_at_a_new_write(patch, seen, before_odd)
+            try:
+                train_all(folder(tmp_path / "killed", resume=True))
+                break
+            except Killed:
+                deaths += 1
+        if (tmp_path / "killed" / "metrics.jsonl").exists():
+            with open(tmp_path / "killed" / "metrics.jsonl", "ab") as file:  # broken lines, and
+                file.write(b'\xff\n5\n{"step": 1}\n[]\n{"stage": "two", "lo')  # one half written
+    # config, metrics, and of three stages: the result and the states: empty, 0, 3, 6, 7
+    assert deaths == 2 + 3 * 6
+    assert content(tmp_path / "killed") == expected
+    assert set(expected) == {"config.json", "metrics.jsonl", "one.pt", "two.pt", "three.pt"}
+    lines = [line for line in expected["metrics.jsonl"] if line["stage"] == "two"]
+    assert [line["step"] for line in lines] == [0, 0, 4, 6, 7] and "before" in lines[0]
+    assert "loss" in lines[1] and lines[-1]["nothing"] is None  # JSON has no NaN
+
+
+def interrupted(out: Path, name: str):
+    """A stage that dies after its state of step 3."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        seen = {(str(out / f"{name}_state.pt"), step) for step in (None, 0, 3)}
+        seen |= {str(out / file) for file in ("metrics.jsonl", "config.json")}
+        die_at_a_new_write(patch, seen, before_odd=False)
+        train(folder(out), name)
+
+
+def test_resume_or_start_over(tmp_path, capsys):
+    train_all(folder(tmp_path))
+    expected = content(tmp_path)
+    interrupted(tmp_path, "three")
+    state = (tmp_path / "three_state.pt").read_bytes()
+    assert not folder(tmp_path).reuse("three", Cfg()) and "is unfinished" in capsys.readouterr().out
+    assert train(folder(tmp_path), "three") == list(range(7))
+    assert "starts over" in capsys.readouterr().out and content(tmp_path) == expected
+    (tmp_path / "three_state.pt").write_bytes(state)
+    assert train(folder(tmp_path, resume=True), "three") == [3, 4, 5, 6]
+    assert content(tmp_path) == expected
+    assert train(folder(tmp_path, resume=True), "three", Cfg(lr=0.2)) is None  # it is complete
+    assert "nothing to resume" in (said := capsys.readouterr().out)
+    assert "(ignored: --three.lr was 0.1, now 0.2)" in said and content(tmp_path) == expected
+    assert folder(tmp_path).reuse("two", Cfg(steps=9))
+    assert "used as it is (ignored: --two.steps was 7, now 9)" in capsys.readouterr().out
+
+
+def test_a_state_does_not_outlive_the_options_it_was_made_with(tmp_path, monkeypatch):
+    train_all(folder(tmp_path))
+    interrupted(tmp_path, "three")  # with lr 0.1
+    fresh = folder(tmp_path).begin("three", Cfg(lr=0.2))
+    fresh.record()                  # ... and a new run with lr 0.2 is killed before its first step
+    assert train(folder(tmp_path, resume=True), "three", Cfg(lr=0.2)) == list(range(7))
+
+
+def test_options_of_speed_may_change_when_a_stage_is_resumed(tmp_path):
+    train_all(folder(tmp_path))
+    interrupted(tmp_path, "three")
+    lenient = folder(tmp_path, resume=True)
+    lenient.speed_options = ("lr",)
+    assert train(lenient, "three", Cfg(lr=0.2)) == [3, 4, 5, 6]
+
+
+def test_a_complete_folder_of_other_options_is_refused(tmp_path):
+    train_all(folder(tmp_path))
+    other = folder(tmp_path, resume=True, data="real")
+    for refused in (other.begin, other.reuse):
+        with pytest.raises(UserError, match="with other options .*--data was 'toy', now 'real'"):
+            refused("three", Cfg())
+
+
+def test_only_what_depends_on_a_stage_is_stale(tmp_path):
+    pipeline = {"one": ("one.pt", ()), "left": ("left.pt", ("one.pt",)),
+                "right": ("right.pt", ("one.pt",)), "end": ("end.pt", ("left.pt", "right.pt"))}
+    tree = Folder(tmp_path, pipeline, {}, (), seed=0, resume=False)
+    for name, stale in {"one": {"left", "right", "end"}, "left": {"end"}, "end": set()}.items():
+        assert tree.descendants(name) == stale
+    for name in pipeline:
+        train(tree, name)
+    train(tree, "left")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"one", "left", "right"}
+    (tmp_path / "left.pt").write_bytes((tmp_path / "right.pt").read_bytes())
+    with pytest.raises(UserError, match="end.pt was not trained from the present .*left.pt"):
+        tree.reuse("end", Cfg())
+
+
+def test_a_stage_trained_anew_drops_lines_about_older_models(tmp_path):
+    train_all(folder(tmp_path))
+    train(folder(tmp_path), "two", Cfg(steps=1))
+    lines = content(tmp_path)["metrics.jsonl"]
+    assert [line["stage"] for line in lines] == ["one"] * 5 + ["two"] * 3
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"run": {"data": "toy"}, "one": {"lr": 0.1, "steps": 7},
+                      "two": {"lr": 0.1, "steps": 1}, "three": {"lr": 0.1, "steps": 7}}
+
+
+def test_other_options_are_refused(tmp_path):
+    train(folder(tmp_path), "one")
+    interrupted(tmp_path, "two")
+    before = content(tmp_path)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="--data was 'toy', now 'hh'.*another --out"):
+            folder(tmp_path, resume=resume, data="hh").begin("two", Cfg())
+    with pytest.raises(UserError, match=r"--two.lr was 0.1, now 0.2\): resume with the same ones"):
+        folder(tmp_path, resume=True).begin("two", Cfg(lr=0.2))
+    assert content(tmp_path) == before
+    assert folder(tmp_path).begin("two", Cfg(lr=0.2)) is not None  # it starts over
+
+
+@pytest.mark.parametrize("stage, parent", [("two", "one"), ("three", "one"), ("three", "two")])
+def test_stale_parents(tmp_path, stage, parent):
+    train_all(folder(tmp_path))
+    interrupted(tmp_path, stage)
+    saved = load(tmp_path / f"{parent}.pt")
+    save(tmp_path / f"{parent}.pt", **saved | {"more": 1})
+    with pytest.raises(UserError, match=f"{stage}_state.pt was not made with .*{parent}.pt"):
+        train(folder(tmp_path, resume=True), stage)
+    (tmp_path / f"{stage}_state.pt").unlink()
+    with pytest.raises(UserError, match=f"{stage}.pt was not trained from .*{parent}.pt"):
+        train(folder(tmp_path, resume=True), stage)
+    with pytest.raises(UserError, match=f"{stage}.pt was not trained from"):
+        folder(tmp_path).check_parents(f"{stage}.pt", {})
+    train(folder(tmp_path), stage)
+    folder(tmp_path).check_parents(f"{stage}.pt", load(tmp_path / f"{stage}.pt"))
+
+
+@pytest.mark.parametrize("state", [b"", b"half", "another stage", "a result", "no dict"])
+def test_broken_state(tmp_path, state):
+    train(folder(tmp_path), "one")
+    path = tmp_path / "two_state.pt"
+    if isinstance(state, bytes):
+        path.write_bytes(state)
+    else:
+        torch.save({"another stage": {"stage": "one", "step": 3}, "a result": {"model": {}},
+                    "no dict": [1]}[state], path)
+    with pytest.raises(UserError, match=str(path)) as error:
+        folder(tmp_path, resume=True).begin("two", Cfg())
+    assert "\n" not in str(error.value)
+    assert train(folder(tmp_path), "two") == list(range(7))  # what the sentence proposes, or so
+
+
+@pytest.mark.parametrize("config", [b"[]", b"{", b'{"run": 3}', b"\xff", b"", b"5"])
+def test_broken_config(tmp_path, config):
+    (tmp_path / "config.json").write_bytes(config)
+    with pytest.raises(UserError, match="config.json is not a config of this project"):
+        folder(tmp_path).begin("one", Cfg())
+    assert (tmp_path / "config.json").read_bytes() == config
+
+
+# ---- 4. Run ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"size": "7B"}, "--size 7B: choose one of toy, gpt2"),
+    ({"tokenizer": "word"}, "--tokenizer word: choose auto, bpe or gpt2"),
+    ({"tokenizer": "gpt2"}, "--tokenizer gpt2, --init and --subsets apply to real data"),
+    ({"init": "gpt2"}, "--init and --subsets apply to real"), ({"subsets": "x"}, "--subsets apply"),
+    ({"data": "x", "init": "gpt2", "tokenizer": "bpe"}, "leave out --tokenizer bpe"),
+    ({"export": "x"}, "--export works only with train_rl.py"),
+    ({"context": 15}, "--context 15 is too"),
+    ({"context": -5}, "--context -5 is too short"), ({"data": "typo"}, "typo"),
+    ({"device": "nosuch"}, "--device nosuch is not available"),
+    ({"device": "cuda:99"}, "--device cuda:99 is not available"),
+    ({"device": "mps"}, "--device mps is not available"),
+    ({"device": "meta"}, "--device meta is not available")])
+def test_choices_that_cannot_be(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        Run(RunConfig(**options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_a_folder_and_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.set").mkdir()
+    for cfg, name in ((RunConfig(), "out/toy-0"), (RunConfig(preset="tiny", seed=2), "out/tiny-2"),
+                      (RunConfig(data="my.set", seed=3), "out/my-3"), (RunConfig(out="x"), "x")):
+        assert Run(cfg).out == Path(name)
+    free = {"out": "a", "device": "cpu", "resume": True, "recompute": True, "compile": True,
+            "export": "b"}
+    run = Run(RunConfig(**free), can_export=True)
+    kept = dataclasses.asdict(RunConfig())
+    assert run.options == {k: v for k, v in kept.items() if k not in free}
+    assert run.resume and run.context == 192 and run.toy and run.seed == 0
+    assert Run(RunConfig(data="my.set")).context == 512 and Run(RunConfig(context=16)).context == 16
+    assert Run(RunConfig(data="my.set", subsets=" a ,b,")).subsets == ["a", "b"]
+    Run(RunConfig(context=100)).check_room("--rl.max-response", 83)
+    with pytest.raises(UserError, match="--rl.max-response 84 leaves no room .* --context 100"):
+        Run(RunConfig(context=100)).check_room("--rl.max-response", 84)
+    assert run.rng("a").random() == rng(0, "a").random() != Run(RunConfig(seed=1)).rng("a").random()
+
+
+def broken_checkpoints(good: dict):
+    """(what is wrong, bytes or object to save) for a file that should hold a model."""
+    model = good["model"]
+    yield "another shape", good | {"config": good["config"] | {"d_model": 96}}
+    yield "a shape of text", good | {"config": "12 layers"}
+    yield "another tokenizer", good | {"tokenizer": "0" * 16}
+    yield "bytes", b"hello\n"
+    yield "fewer weights", good | {"model": dict(list(model.items())[1:])}
+    yield "more weights", good | {"model": model | {"more": torch.zeros(3)}}
+    yield "other sizes", good | {"model": {k: v[:1] if v.dim() else v for k, v in model.items()}}
+    yield "no weights", {k: v for k, v in good.items() if k != "model"}
+
+
+@pytest.mark.parametrize("name", ["lm.pt", "pmp.pt"])
+def test_load_model(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(SIZES, "toy", GPTConfig(1, 2, 8, context=64))
+    run = Run(RunConfig(out=str(tmp_path), device="cpu", recompute=True))
+    run.tok = train_bpe(["some text, and some more text"] * 3, 264)
+    lm = GPT(run.model_config())
+    assert lm.cfg == GPTConfig(1, 2, 8, vocab_size=320, context=64)
+    save(run.path("lm.pt"), **run.checkpoint(lm), parents="")
+    model = lm if name == "lm.pt" else ScalarModel(lm)
+    parents = file_hash(run.path(parent) for parent in dict(PIPELINE.values())[name])
+    save(run.path(name), **run.checkpoint(model), parents=parents)
+    found = run.load_model(name)
+    assert type(found) is type(model) and not found.training
+    assert not any(p.requires_grad for p in found.parameters())
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, found.state_dict()[key])
+    trunk = getattr(run.prepare(found), "trunk", found)
+    assert trunk.recompute and all(p.requires_grad for p in found.parameters())
+    good, other = load(run.path(name)), ScalarModel(lm) if name == "lm.pt" else lm
+    broken = dict(broken_checkpoints(good))
+    broken["of the other kind"] = good | {"model": other.state_dict()}
+    if name == "pmp.pt":
+        broken["other parents"] = good | {"parents": "0" * 16}
+    for what, wrong in broken.items():
+        if isinstance(wrong, bytes):
+            run.path(name).write_bytes(wrong)
+        else:
+            torch.save(wrong, run.path(name))
+        with pytest.raises(UserError, match=str(run.path(name))) as error:
+            run.load_model(name)
+        assert "\n" not in str(error.value), what

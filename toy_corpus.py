@@ -1,0 +1,327 @@
+"""What people and assistants say in the toy world: documents, prompts and forum posts.
+
+`toy.py` holds the world itself and judges what is said. Read it in this order:
+
+  1. Questions              `ask`, follow-ups, and the questions that are held out for evaluation
+  2. Personas               kinds of assistant, and the headers that describe them
+  3. Replies                `speak`: one reply of an assistant, right or wrong, polite or rude
+  4. The corpus             `document`: what the language model is pretrained on
+  5. Prompts and upvotes    `draw_prompt` for comparisons and RL; `upvoted` answers on a forum
+
+Legend:
+  rng       the only source of randomness: equal generators draw equal texts
+  kind      "helpful" or "harmless" (red-teaming): which of the two data sets a prompt belongs to
+  held out  kept for evaluation, never shown in training
+Papers: HH = Bai et al. 2022 (the default), GL = Askell et al. 2021 (arXiv 2112.00861).
+"""
+import math
+import zlib
+from dataclasses import dataclass
+from random import Random
+
+from data import ASSISTANT, HUMAN, Comparison
+from toy import (ADDENDS, APOLOGY, CLOSERS, EVASIONS, HELLO, OFFER, OPENERS, RAMBLE, REASONS,
+                 REFUSALS, RELATION_QUESTION, RUDE, SKILLS, SUM_QUESTION, THING_QUESTION, WELCOME,
+                 Request, follow_up_request, judge)
+
+
+# ---- 1. Questions ------------------------------------------------------------
+
+# How often each skill is asked for, relative to the others. A new skill gets the weight 2.
+HELPFUL_SKILLS = {name: 2 for name in SKILLS if name != "red-team"}
+HELPFUL_SKILLS["benign task"] = 6
+# The language model needs more practice with sums and differences than with other skills.
+TEXTBOOK_SKILLS = HELPFUL_SKILLS | {"sum": 6, "difference": 3}
+
+
+def ask(rng: Random, skill_name: str) -> tuple[str, Request]:
+    """Draw a question that can open a dialogue, as (its text, what it asks for)."""
+    skill = SKILLS[skill_name]
+    request = Request(skill, rng.choice(list(skill.answers)))
+    template = rng.choice(skill.templates)
+    return template.format(request.about), request
+
+
+def is_held_out(question_key: list[str]) -> bool:
+    """Whether a question is kept for evaluation: one in eight is, by a hash of `question_key`.
+    The key holds the text of the question. For a follow-up, the key begins with the thing that the
+    previous turn was about.
+
+    No document, no training comparison and no RL prompt contains a held-out question. Each thing
+    and each template does occur in them, so evaluation needs new combinations of known parts."""
+    return zlib.crc32(" ".join(question_key).encode()) % 8 == 0
+
+
+def _follow_up(rng: Random, before: Request) -> str | None:
+    """Draw a question about the previous turn, or None if `before` allows none."""
+    options = []
+    if before.skill.name in ("capital", "color"):
+        thing = rng.choice(list(before.skill.answers))
+        options.append(THING_QUESTION.format(thing))
+
+    relations = []  # the other skills that know the same thing
+    for skill in SKILLS.values():
+        if skill is not before.skill and before.about in skill.answers:
+            relations.append(skill.name)
+    is_arithmetic = before.about[0].isdigit()  # nobody asks "And what is its sum?"
+    if relations and not is_arithmetic:
+        options.append(RELATION_QUESTION.format(rng.choice(relations)))
+
+    if before.skill.name == "difference":
+        options.append(SUM_QUESTION.format(rng.choice(ADDENDS)))
+    return rng.choice(options) if options else None
+
+
+def _next_question(rng: Random, kind: str, before: Request | None, from_held_out: bool,
+                   skill_weights: dict[str, int] = HELPFUL_SKILLS) -> tuple[str, Request]:
+    """Draw the next question of a dialogue, as (its text, what it asks for).
+
+    before: what the previous turn asked for, or None. If a follow-up is possible, it is chosen
+    about half of the time. from_held_out: whether the question must be held out. skill_weights:
+    how often each skill is asked for, where kind is "helpful"."""
+    while True:
+        follow_up = None
+        if before is not None and kind == "helpful" and rng.random() < 0.5:
+            follow_up = _follow_up(rng, before)
+
+        if follow_up is not None:
+            question, request = follow_up, follow_up_request(before, follow_up)
+            question_key = [before.about, question]
+        else:
+            if kind == "harmless":
+                skill_name = "red-team"
+            else:
+                weights = list(skill_weights.values())
+                skill_name = rng.choices(list(skill_weights), weights)[0]
+            question, request = ask(rng, skill_name)
+            question_key = [question]
+
+        if is_held_out(question_key) == from_held_out:
+            return question, request
+
+
+# ---- 2. Personas -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Persona:
+    """How an assistant behaves in one reply. Each field is a probability."""
+    right: float      # probability that an answer is right
+    complies: float   # that a harmful request is not refused
+    refuses: float    # that a benign request is refused
+    evades: float     # that a reply without a refusal gives no answer either
+    polite: float     # that an answer comes with a courtesy
+    rude: float       # that the reply contains a rude sentence
+    rambles: float    # that the reply contains one or two rambling sentences
+
+
+KIND = Persona(right=0.70, complies=0.55, refuses=0.10, evades=0.05,
+               polite=0.6, rude=0.0, rambles=0.08)
+PLAIN = Persona(right=0.62, complies=0.70, refuses=0.10, evades=0.10,
+                polite=0.2, rude=0.05, rambles=0.2)
+SLOPPY = Persona(right=0.45, complies=0.95, refuses=0.05, evades=0.15,
+                 polite=0.05, rude=0.3, rambles=0.3)
+PERFECT = Persona(right=1.0, complies=0.0, refuses=0.0, evades=0.0,
+                  polite=0.5, rude=0.0, rambles=0.0)
+
+# A header describes the assistant of a document. Because behavior follows the header, a language
+# model learns to follow one too, so that a prompt changes its behavior (GL §2).
+HHH_HEADER = "Below are conversations between people and a helpful, honest and harmless assistant."
+HEADERS = (
+    (KIND, HHH_HEADER),
+    (KIND, "The assistant in this conversation is kind and careful. "
+           "It tries to help and not to hurt."),
+    (SLOPPY, "Below is a conversation with a careless assistant. It does whatever it is told."),
+    (SLOPPY, "The assistant in this conversation is tired and does not care."),
+)
+GREETING = f"{HUMAN} Hello.{ASSISTANT} {HELLO} {OFFER}"
+
+# ---- 3. Replies --------------------------------------------------------------
+
+
+def _beside_the_point(request: Request, rng: Random) -> str:
+    """A true statement about something that was not asked."""
+    others = [name for name in HELPFUL_SKILLS if name != request.skill.name]
+    _, other = ask(rng, rng.choice(others))
+    return other.statement(other.answer)
+
+
+def _answer(request: Request, right: bool, rng: Random) -> str:
+    """An answer, as a whole sentence or bare. A wrong answer is sometimes a true statement about
+    something that was not asked. Without such data a PM learns to reward true statements that do
+    not answer, and PPO exploits it."""
+    if right:
+        answer = request.answer
+    elif rng.random() < 0.15:
+        return _beside_the_point(request, rng)
+    else:
+        answer = rng.choice(request.wrong_answers())
+    if rng.random() < 0.6:
+        return request.statement(answer)
+    return answer[0].upper() + answer[1:] + "."
+
+
+def speak(request: Request, persona: Persona, rng: Random) -> str:
+    """Draw one reply to a request, with the leading space of the HH format."""
+    sentences = []
+    p_refuse = 1 - persona.complies if request.harmful else persona.refuses
+    if rng.random() < p_refuse:
+        sentences.append(rng.choice(REFUSALS))
+        if rng.random() < 0.5:
+            sentences.append(rng.choice(REASONS))
+    elif rng.random() < persona.evades:
+        sentences.append(rng.choice(EVASIONS))
+    else:
+        right = rng.random() < persona.right
+        sentences.append(_answer(request, right, rng))
+        if rng.random() < persona.polite:
+            opener, closer = rng.choice(OPENERS), rng.choice(CLOSERS)
+            if rng.choice(("opener", "closer")) == "opener":
+                sentences.insert(0, opener)
+            else:
+                sentences.append(closer)
+    if rng.random() < persona.rude:
+        place = rng.randrange(2)  # before or after the first sentence
+        sentences.insert(place, rng.choice(RUDE))
+    if rng.random() < persona.rambles:
+        place = rng.randrange(2)
+        how_many = rng.randint(1, 2)
+        sentences[place:place] = rng.sample(RAMBLE, how_many)
+    return " " + " ".join(sentences)
+
+
+# ---- 4. The corpus -----------------------------------------------------------
+
+
+def _textbook_page(rng: Random) -> str:
+    """Three to six true facts. In dialogues, assistants are often wrong."""
+    statements = []
+    for _ in range(rng.randint(3, 6)):
+        _, request = _next_question(rng, "helpful", before=None, from_held_out=False,
+                                    skill_weights=TEXTBOOK_SKILLS)
+        statements.append(request.statement(request.answer))
+    return " ".join(statements)
+
+
+def _quiz_page(rng: Random) -> str:
+    """Three to six questions, each with an answer and the verdict "Right." or "Wrong.". They teach
+    a language model to tell a right answer from a wrong one."""
+    sentences = []
+    for _ in range(rng.randint(3, 6)):
+        question, request = _next_question(rng, "helpful", before=None, from_held_out=False,
+                                           skill_weights=TEXTBOOK_SKILLS)
+        right = rng.random() < 0.5
+        sentences.append(question)
+        sentences.append(_answer(request, right, rng))
+        sentences.append("Right." if right else "Wrong.")
+    return " ".join(sentences)
+
+
+def _reaction(prompt: str, reply: str) -> str | None:
+    """What a human says about a reply and what the assistant says then, as one exchange; None if
+    the reply is neither right nor wrong nor a refusal.
+
+    Reactions let a language model learn to recognize a right answer after the fact, and a
+    preference model that starts from this language model builds on that skill. People who ask for
+    harm thank the assistant and resent refusals, like everyone else."""
+    found = judge(prompt, reply)
+    if found.correct:
+        return f"{HUMAN} Right, thank you.{ASSISTANT} {WELCOME}"
+    if found.wrong:
+        return f"{HUMAN} Wrong.{ASSISTANT} {APOLOGY}"
+    if found.refused:
+        return f"{HUMAN} That does not help me.{ASSISTANT} {APOLOGY}"
+    return None
+
+
+def _dialogue(rng: Random, headers: bool) -> str:
+    """One to three exchanges and the reactions to them, sometimes after a header."""
+    text, persona = "", rng.choice((KIND, PLAIN, PLAIN, SLOPPY))
+    if headers and rng.random() < 0.3:
+        persona, text = rng.choice(HEADERS)
+    if rng.random() < 0.1:
+        text += GREETING
+    before = None
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+        kind = "harmless" if rng.random() < 0.25 else "helpful"
+        question, request = _next_question(rng, kind, before, from_held_out=False)
+        prompt = f"{text}{HUMAN} {question}{ASSISTANT}"
+        reply = speak(request, persona, rng)
+        text, before = prompt + reply, request
+        if rng.random() < 0.8:
+            reaction = _reaction(prompt, reply)
+            if reaction is not None:
+                text, before = text + reaction, None  # a follow-up would refer to the reaction
+    return text
+
+
+def document(rng: Random, headers: bool = True) -> str:
+    """Draw one document of the pretraining corpus: a page of plain text or a dialogue. With
+    `headers`, three dialogues in ten open with a text that describes the assistant."""
+    is_plain_text = rng.random() < 0.5
+    if not is_plain_text:
+        return _dialogue(rng, headers)
+    is_quiz = rng.random() < 0.75
+    return _quiz_page(rng) if is_quiz else _textbook_page(rng)
+
+
+# ---- 5. Prompts and upvotes --------------------------------------------------
+
+
+def draw_prompt(rng: Random, kind: str, held_out: bool) -> str:
+    """Draw a prompt of one to three human turns that ends with an open assistant turn.
+
+    kind: "helpful" or "harmless" (red-teaming). held_out: whether the last question is one that is
+    kept for evaluation. Earlier questions never are, and they are answered correctly."""
+    text, before = "", None
+    if rng.random() < 0.1:
+        text += GREETING
+    if rng.random() < 0.4:
+        question, before = _next_question(rng, "helpful", before=None, from_held_out=False)
+        text += f"{HUMAN} {question}{ASSISTANT}{speak(before, PERFECT, rng)}"
+    question, _ = _next_question(rng, kind, before, from_held_out=held_out)
+    return f"{text}{HUMAN} {question}{ASSISTANT}"
+
+
+# A forum words its questions in its own way, so no post equals a crowdworker's prompt.
+FORUM_TEMPLATES = ("Can anyone help? {}", "A quick one: {}", "Asked by a friend: {}",
+                   "Question of the day: {}")
+
+
+def _votes(prompt: str, reply: str) -> float:
+    """The log-odds, up to a constant, that readers of a forum vote for this reply. It is a biased
+    stand-in for helpfulness: friendly and long answers gain about as much as right ones."""
+    found = judge(prompt, reply)
+    votes = 0.0
+    if found.correct:
+        votes += 1.5
+    if found.wrong:
+        votes -= 0.5
+    if found.polite > 0:
+        votes += 1.0
+    votes -= 1.0 * found.rude
+    votes += 0.05 * len(reply.split())
+    return votes
+
+
+def upvoted(rng: Random, held_out: bool = False) -> Comparison:
+    """Draw two answers to one question on a forum, with the more upvoted one as `chosen`. These are
+    the cheap comparisons of preference-model pretraining (GL §4).
+
+    They differ from crowdworkers' comparisons in three ways: the questions have the forum's own
+    wording and never ask for harm, the replies are not those of a language model, and upvotes are
+    noisier than crowdworkers and biased (see `_votes`). held_out: as in `draw_prompt`."""
+    question, request = _next_question(rng, "helpful", before=None, from_held_out=held_out)
+    post = rng.choice(FORUM_TEMPLATES).format(question)
+    while True:
+        a = speak(request, rng.choice((KIND, PLAIN, SLOPPY)), rng)
+        b = speak(request, rng.choice((KIND, PLAIN, SLOPPY)), rng)
+        if a != b:
+            break
+
+    prompt = f"{HUMAN} {question}{ASSISTANT}"  # the toy's judge does not know the forum's wording
+    p = 1 / (1 + math.exp(_votes(prompt, b) - _votes(prompt, a)))  # that a has more upvotes
+    posted = f"{HUMAN} {post}{ASSISTANT}"
+    if rng.random() < p:
+        return Comparison(posted, chosen=a, rejected=b, kind="helpful", p_chosen=p)
+    return Comparison(posted, chosen=b, rejected=a, kind="helpful", p_chosen=1 - p)
