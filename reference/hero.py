@@ -28,7 +28,7 @@ def main():
     figure, axes = pyplot.subplots(figsize=(6, 3.4), dpi=110)
     axes.plot(distances, truths, "o", markersize=4, color="#2a7fba", label="true utility")
     axes.plot(distances, scores, "^", markersize=4, color="#d9822b", label="PM score")
-    axes.set_xlabel("distance from the initial policy: sqrt(KL), nats", color=GREY)
+    axes.set_xlabel("sqrt(KL) from the initial policy (KL in nats)", color=GREY)
     axes.set_ylabel("mean of an iteration's responses", color=GREY)
     axes.tick_params(colors=GREY)
     axes.grid(color=GREY, alpha=0.25)
