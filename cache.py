@@ -53,8 +53,9 @@ class KVCache:
 def forward_cached(model: GPT, ids, cache: KVCache):
     """Read T new tokens of each row, ids (B, T) -> their hidden states (B, T, D).
 
-    Row b's new tokens follow its cache.lengths[b] cached ones, and their keys and values are
-    stored. The caller must then increase cache.lengths, by less than T where a row ends in pads."""
+    Row b's new tokens follow the cache.lengths[b] tokens that it already holds. The new tokens'
+    keys and values are stored. The caller must then increase cache.lengths, by less than T where a
+    row ends in pads."""
     positions, visible = positions_in(cache, ids)
     x = model.embed_at(ids, positions)  # (B, T, D)
     for layer, block in enumerate(model.blocks):

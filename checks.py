@@ -19,12 +19,13 @@ from run import TrainingError
 
 
 def check_rollout(ro: Rollouts, logp, ref_logp, where: str, is_first: bool):
-    """Sampling and scoring agree on the log-probs. Before the first update the KL is 0."""
+    """The log-probs recorded while sampling agree with those of the full forward pass (`logp`).
+    Before the first update the KL is 0."""
     on_cpu = ro.tokens.device.type == "cpu"
     gap = (ro.logp - logp)[ro.mask].abs().mean().item()
     if not gap <= (1e-4 if on_cpu else 5e-2):  # "not <=" stops NaN, too
-        raise TrainingError(f"{where}: log-probs at sampling and at scoring differ by {gap:.2g} "
-                            "nats a token")
+        raise TrainingError(f"{where}: log-probs while sampling and in the full forward pass "
+                            f"differ by {gap:.2g} nats a token")
     gap_to_reference = (logp - ref_logp)[ro.mask].abs().mean().item()
     if is_first and not gap_to_reference <= (1e-5 if on_cpu else 2e-2):
         raise TrainingError(f"{where}: the KL to the initial policy isn't 0 before the first "
@@ -60,7 +61,7 @@ def kl_estimates(logp, ref_logp):
     Each has the KL as its mean; k1 can be negative, k3 cannot. With the sign of d flipped, k3 would
     not estimate a KL. PPO's reward holds k1: put into the reward as a constant, only k1 yields the
     gradient of the KL. Both are logged. On average they agree; a k1 that stays negative means that
-    sampling and scoring disagree."""
+    the tokens were not sampled from the pi whose log-probs are used."""
     d = logp - ref_logp
     return d, torch.exp(-d) - 1 + d
 

@@ -64,7 +64,7 @@ class Prompts:
 
     def draw(self, n: int, *name, held_out: bool,
              harmless_share: float | None = None) -> PromptBatch:
-        """Draw n prompts, held-out ones or from training. The words of `name` seed the choice."""
+        """Draw n prompts, held-out or training ones. The words of `name` seed the choice."""
         rng = self.run.rng("prompts", *name)
         if harmless_share is None:
             harmless_share = self.harmless_share
@@ -125,7 +125,7 @@ def mean_of_kind(scores: list[float], kinds: list[str], wanted: str) -> float:
 
 
 def mean_truth(run: Run, batch, ro) -> float:
-    """The mean true utility of the responses, for which the preference model stands in."""
+    """The mean true utility of the responses. (In training, the PM's score stands in for it.)"""
     truths = []
     for text, kind, response in zip(batch.texts, batch.kinds, ro.responses()):
         truths.append(toy.truth(text, run.tok.decode(response), kind))
@@ -225,6 +225,8 @@ def command(folder: str, before: str, after: str, device: str):
         columns.append(numbers)
         replies.append(texts)
     names = (Path(before).stem, Path(after).stem)
+    if names[0] == names[1]:
+        names = ("first", "second")  # for example policy.pt of two folders
     print(side_by_side(prompts, *replies, names=names))
     print(table(*columns, names=names))
 

@@ -205,8 +205,8 @@ def sample(logits, uniform, temperature=1.0):
 
     Inverting the cumulative distribution takes one random number per token. So each response can
     bring its own numbers, and does not depend on what else is in the batch. There is no top-k or
-    top-p: the log-probs that PPO uses must be those of the distribution that was sampled from (HH
-    fn 12: samples of RLHF policies without top-p were preferred, too)."""
+    top-p: the log-probs that PPO uses must be those of the distribution that was sampled from.
+    (HH fn 12: people, too, preferred RLHF samples drawn without top-p.)"""
     logp = log_softmax_at(at_least_float32(logits), temperature)  # (B, V)
     cdf = logp.exp().cumsum(-1)  # (B, V)
     threshold = uniform[:, None].to(cdf.dtype) * cdf[:, -1:]  # the last entry is 1 up to rounding

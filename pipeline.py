@@ -67,7 +67,8 @@ RULES = {
 # For the full HH-RLHF data, GPT-2 and one GPU. The rates are the paper's multiples (context
 # distillation 0.05, PMP 0.1, PM and RL 0.01) of the pretraining rates that GPT-3's table gives for
 # these sizes, 6e-4 and 3e-4. The RL batch, the KL coefficient and the critic's rate are IG's; 400 x
-# 512 responses are about as many as in HH's Fig. 33. They have not yet been run at full length.
+# 512 responses are about as many as in HH's Fig. 33. These presets have not yet been run at full
+# length.
 _HH_RLHF_DATA = {
     "run.data": "hh-rlhf", "run.context": 512, "cd.documents": 20_000, "pm.batch": 64,
     "pmp.batch": 64, "pmp.binarized": True, "rl.iterations": 400, "rl.batch": 512,
@@ -98,7 +99,7 @@ class Run(Folder):
 
     def __init__(self, cfg: RunConfig, can_export: bool = False):
         """can_export: whether this command trains a policy that --export can write. Raises
-        UserError for options that contradict each other or name nothing known."""
+        UserError for options that contradict each other or have unknown values."""
         check_choices(cfg, can_export)
         self.cfg, self.device = cfg, choose_device(cfg.device)
         self.toy = cfg.data == "toy"

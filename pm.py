@@ -26,7 +26,7 @@ from run import autocast, tokens_at_once
 
 
 class ScalarModel(nn.Module):
-    """A transformer with one number at each position instead of V logits.
+    """A transformer with one number at each position instead of a logit for each possible token.
 
     A preference model is read at the end-of-context token (App. A.2). A critic is read at each
     position t - 1: the value of the state in which token t is chosen."""
@@ -94,7 +94,7 @@ class PMReport:
     low: float            # 95% confidence interval
     high: float
     loss: float           # nats; a PM that knows nothing gets log 2 = 0.693
-    length_rule: float    # accuracy of "the reply of more characters is better": a baseline
+    length_rule: float    # accuracy of "the reply with more characters is better": a baseline
     bayes: float | None   # the ceiling: accuracy of someone who knows the true preferences
 
     def __str__(self):

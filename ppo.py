@@ -8,7 +8,7 @@ A response is an episode: each of its tokens is an action, the state is everythi
 and the only reward from outside, the PM's score of the whole response, comes at the end. (That is
 OpenAI's reading. HH §4.1 calls a response a timestep, and the conversation a trajectory.)
 
-`Learner.iterate` in train_rl.py calls these functions. Its steps number the sections below:
+`Learner.iterate` in train_rl.py calls the functions below. Each section has the number of its step:
   PPOConfig                         PPO's options, with what the papers use
   3. pm_scores                      one score for each response
   4. all_logprobs, shaped_rewards   the KL penalty, and a reward for each token
@@ -45,7 +45,7 @@ class PPOConfig:
     minibatch: int = 64         # responses per step (not stated in HH; IG 64)
     passes: int = 1             # K, over the same responses: HH 1 (robustness 2, online 4), IG 1
     max_response: int = 32      # tokens; HH 128, and 32 in the robustness studies
-    lr: float = 5e-4            # 0.1 x the pretraining rate (HH 0.01 x, for 12 x as many responses)
+    lr: float = 5e-4            # 0.1 x the pretraining rate (HH 0.01 x, for more responses: README)
     critic_lr: float = 1e-3     # not stated in HH; IG's value network has a rate of its own, too
     warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses, robustness)
     clip: float = 0.2           # HH, IG, OO 0.2
@@ -115,8 +115,9 @@ def all_logprobs(policy: GPT, ro: Rollouts, cfg: PPOConfig):
 
 @torch.no_grad()
 def in_batches(function, ro: Rollouts, token_budget: int):
-    """Apply a function of indices -> (B, R) to all the responses -> (N, R). Batches hold responses
-    of like length under a token budget, so short rows are not padded to the longest of all."""
+    """Apply `function`, which turns indices into (B, R), to all the responses; returns (N, R).
+    Batches hold responses of like length under a token budget, so short rows are not padded to the
+    longest of all."""
     result = torch.zeros_like(ro.logp)
     budget = tokens_at_once(token_budget, result.device)
     for batch in batches_by_length(ro.lengths.tolist(), budget):
@@ -168,8 +169,8 @@ def gae(rewards, values, mask, gamma, lam):
     GAE averages over k = 1, 2, ... with the weights (1 - lam) lam^(k-1). The term delta_{t+j}
     occurs in every A_t(k) with k > j, and their weights sum to lam^j. Hence
       A_t = sum over j >= 0 of (gamma lam)^j delta_{t+j} = delta_t + gamma lam A_{t+1},
-    which the loop below runs backward. lam = 0 gives delta_t; lam = 1 gives A_t(k) with the largest
-    k.
+    which the loop below applies from the last token to the first. lam = 0 gives delta_t; lam = 1
+    gives A_t(k) with the largest k.
 
     V is 0 after the last kept token: the episode is over. The returns A + V are what the critic
     learns; they must be computed before the advantages are whitened. Inputs where mask is False are
@@ -224,8 +225,8 @@ class Experience:
 def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experience,
            cfg: PPOConfig, generator, where: str = "") -> dict:
     """K passes over the responses, in minibatches in random order. Returns statistics: means over a
-    minibatch's tokens (but gradient norms), then over the minibatches. `where` names the iteration
-    in errors.
+    minibatch's tokens (except the gradient norms), then over the minibatches. `where` names the
+    iteration in errors.
 
     A minibatch is taken in pieces that fit the token budget. Losses are sums over tokens, divided
     by the tokens of the whole minibatch, so the gradient is that of one big batch."""

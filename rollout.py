@@ -13,7 +13,7 @@ ends, and then takes the next prompt from the queue. Each slot is at its own pos
 one token to every slot. experiments/rollout_speed.py measures each trick.
 
 Legend:  N responses   n those still running   P prompt tokens   R response tokens   S = P + R
-         B slots in use, or responses of a batch   T longest row   D width
+         B slots that a step covers, or responses of a batch   T longest row   D width
          C cache length that a step reads
 """
 import copy
@@ -81,9 +81,9 @@ def plain_rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: 
                   temperature=1.0, limits: list[int] | None = None) -> Rollouts:
     """Sample a response of at most R tokens to each of N prompts (ids), without any cache.
 
-    uniforms (N, R) in [0, 1): response n uses only the random numbers of row n, so it depends
-    neither on the others nor on how they are batched. limits: at most so many tokens, and at least
-    1, for each response."""
+    uniforms (N, R) in [0, 1): response i uses only the random numbers of row i, so it depends
+    neither on the others nor on how they are batched. limits: for each response the most tokens
+    that it may have, at least 1."""
     device = policy.embed.weight.device
     N, R = uniforms.shape
     uniforms = uniforms.to(device)
@@ -114,16 +114,16 @@ def plain_rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: 
 # ---- 3. Sampler --------------------------------------------------------------
 
 PREFILL_TOKENS = 8192  # tokens that one prefill batch holds
-BUCKET = 32            # the cache lengths that steps read are multiples of this
-# On a CPU, steps with more than about 64 rows take longer. On a GPU, more rows share one reading of
-# the weights.
+BUCKET = 32            # steps read a multiple of this many cache positions, or the whole cache
+# On a CPU, sampling gains little from more than about 64 rows. On a GPU, more rows share one
+# reading of the weights.
 MOST_SLOTS = {"cpu": 64, "cuda": 512}
 
 
 class Sampler:
     """Samples from one policy, call after call, while its weights change in place.
 
-    Each trick saves one thing that the plain loop does again and again:
+    Each trick saves work that the plain loop, or a plain cache, does again and again:
       cache         a token's keys and values are computed once
       static shape  the cache is allocated once; nothing is copied to make room for a token
       refill        a slot takes the next prompt at once and does not wait for its neighbors
@@ -155,7 +155,7 @@ class Sampler:
         self.cache = None
         self.stream = torch.cuda.Stream() if self.use_graphs else None
         self.steps = 0        # steps so far, over all calls
-        self.slot_steps = 0   # slots, summed over steps; tokens / slot_steps is the share in use
+        self.slot_steps = 0   # slots, summed over steps; tokens / slot_steps is the share kept busy
 
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], uniforms,
@@ -190,8 +190,8 @@ class Sampler:
             busy = [slot for slot in range(B) if owner[slot] != self.idle_response]
             if not busy:
                 break
-            # 2. When the queue is empty and at most half of the slots are busy, keep only the
-            #    smallest power of two that holds them.
+            # 2. When the queue is empty and at most half of the slots are busy, shrink to the
+            #    smallest power of two that is enough for the busy ones.
             if not queue and len(busy) * 2 <= B:
                 self._compact(busy, C=max(depth))
                 B = _power_of_two(len(busy))
@@ -275,7 +275,7 @@ class Sampler:
 
     def _prefill(self, prefixes: list[tuple[int, ...]], slots_of: list[list[int]]):
         """Read each prefix once, and copy its keys and values to the slots that start from it."""
-        ids = pad(prefixes)[0].to(self.device)  # (n, P)
+        ids = pad(prefixes)[0].to(self.device)  # (prefixes, longest prefix)
         read = KVCache(self.policy.cfg, len(ids), ids.shape[1], self.device, self.cache.k.dtype)
         with autocast(self.device):
             prefill(self.model, ids, read)

@@ -147,8 +147,8 @@ def main(command, description: str, configs: dict, **rules):
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        print(f"{name}: out of GPU memory ({reason}): add --resume and --recompute, or a smaller "
-              "--rl.token-budget, --pm.token-budget or --rl.slots; the run then continues from the "
+        print(f"{name}: out of GPU memory ({reason}): add --resume and --recompute, or choose a "
+              "smaller token budget or fewer slots (see --help); the run then continues from the "
               "last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

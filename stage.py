@@ -1,6 +1,7 @@
 """One output folder, and how a training stage starts, resumes and ends in it.
 
-This file knows nothing about models or RLHF. Every trainer uses a stage in the same way:
+This file knows nothing about models or RLHF. A trainer uses a stage like this (the toy's PM calls
+`record` earlier, because it samples its data):
 
     stage = run.begin("pm", cfg)     # check the options; with --resume, read the interrupted state
     if stage is None:                # --resume was given, and the result is already there
@@ -80,7 +81,8 @@ class Folder:
         """Return whether an earlier stage's result can be used; print what was decided."""
         self.check_options()
         result_name, _ = self.pipeline[name]
-        stage = Stage(self, name, cfg, self.path(result_name), parents=[])  # hashed if it is used
+        # No parents: `check_parents` hashes them if the result is used.
+        stage = Stage(self, name, cfg, self.path(result_name), parents=[])
         if stage.state_path.exists():  # a state marks the result beside it as stale
             print(f"{stage.result} is unfinished; its stage runs first")
             return False
@@ -188,7 +190,7 @@ class Stage:
 
     def record(self):
         """Write this stage's options to config.json, and an empty state, which marks an older
-        result as stale. Call it once the options and the data have been checked."""
+        result as stale. `start` calls it; the toy's PM calls it earlier, before sampling."""
         if self.state is None:  # a fresh start: no older state may outlive its options
             save(self.state_path, stage=self.name)
         config = read_config(self.folder.out)
@@ -197,8 +199,9 @@ class Stage:
         write_atomically(self.folder.path("config.json"), json.dumps(config, indent=2).encode())
 
     def start(self, **parts):
-        """Record the options and restore `parts` from the state, if a run was interrupted. They are
-        the networks and optimizers that the state holds; a stage that trains nothing has none."""
+        """Record the options and restore `parts` from the state, if a run was interrupted. `parts`
+        are the networks and optimizers that the state holds; a stage that trains nothing has none.
+        """
         self.record()
         self.parts = parts
         if self.state is not None:
@@ -255,8 +258,8 @@ class Stage:
              lines=self.n_lines, parts=parts)
 
     def _trim_metrics(self):
-        """Drop this stage's lines from after its last saved state, and the lines of the stages that
-        depend on it."""
+        """Drop the lines that this stage wrote after its last saved state (all, if it starts
+        over), and the lines of the stages that depend on it."""
         descendants = self.folder.descendants(self.name)
         kept, n_own = [], 0
         if self.metrics_path.exists():

@@ -5,8 +5,8 @@
     python train_rl.py --data path/to/hh-rlhf
 
 This is the place to start reading:
-  1. Learner    the four networks, and one iteration of RLHF in seven numbered steps
-  2. Training   the loop around it
+  1. Learner    the four networks, and steps 1 to 6 of an iteration of RLHF
+  2. Training   the loop around it, which is also step 7
 From `Learner.iterate`, follow the calls down into ppo.py, pm.py, rollout.py and model.py.
 
 The command first runs any earlier stage whose result is missing. It writes policy.pt and
@@ -37,7 +37,7 @@ from train_pm import PMConfig, PMPConfig, ensure
 
 @dataclass
 class RLConfig(PPOConfig):
-    harmless_share: float = 0.33  # red-team prompts, toy only (HH too has fewer of them: §4.4)
+    harmless_share: float = 0.33  # share of red-team prompts; toy only (HH lowered its own, §4.4)
     eval_every: int = 20          # iterations between evaluations on held-out prompts
     eval_prompts: int = 512       # toy: helpful held-out prompts, and half as many red-team ones
     save_every: int = 5           # iterations between checkpoints
@@ -54,7 +54,7 @@ class Learner:
         self.run, self.cfg, self.reference, self.pm = run, cfg, reference, pm
         self.policy = run.prepare(copy.deepcopy(reference))
         # The critic starts from the PM, as in InstructGPT (App. C.4); HH does not describe its
-        # value network. Its head starts at zero, as in OpenAI's first RLHF code (see ppo.py).
+        # value network. The critic's head starts at zero, as in OpenAI's first RLHF code (pm.py).
         self.critic = run.prepare(ScalarModel(pm.trunk, zero_head=True).to(run.device))
         groups = [{"params": self.policy.parameters(), "peak_lr": cfg.lr},
                   {"params": self.critic.parameters(), "peak_lr": cfg.critic_lr}]
@@ -78,9 +78,9 @@ class Learner:
         # 3. One score for each response, by the preference model.
         scores = pm_scores(self.pm, ro, run.tok.end_of_context, cfg)                      # (N,)
 
-        # 4. A reward for each token: the score on the last one, and the KL penalty on all. The
-        #    update compares with these log-probs, so they come from its own forward pass: those
-        #    recorded while sampling went through the cache, and differ by rounding.
+        # 4. A reward for each token: the score on the last one, and the KL penalty on all. `logp`
+        #    is also what the update compares with, so it comes from a full forward pass like the
+        #    update's. What the sampler recorded went through the cache and differs by rounding.
         logp = all_logprobs(self.policy, ro, cfg)                                         # (N, R)
         ref_logp = all_logprobs(self.reference, ro, cfg)                                  # (N, R)
         check_rollout(ro, logp, ref_logp, where, is_first=iteration == 0)
@@ -139,6 +139,7 @@ def train(run: Run, cfg: RLConfig):
         stage.log(n_updates, **statistics)
 
     after, replies_after = evaluate(run, cfg, learner.policy, reference, pm, held_out)
+    # A line of its own: the policy is that of line cfg.iterations, with no further update.
     stage.log(cfg.iterations + 1, **with_eval_prefix(after))
     dialogues = side_by_side(held_out, replies_before, replies_after)
     write_atomically(run.path("samples.txt"), dialogues.encode())
