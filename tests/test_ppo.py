@@ -211,7 +211,7 @@ def test_a_rollout_that_does_not_fit_its_log_probs_stops_the_run(world):
     not_sampled = ro.logp.masked_fill(~ro.mask, NAN)  # nobody's log-probs
     check_rollout(replace(ro, logp=not_sampled), logp, logp, "iteration 7", is_first=True)
     for sampled in (ro.logp.roll(1, 1), ro.logp + 0.001, ro.logp - 0.001, ro.logp * NAN):
-        with pytest.raises(TrainingError, match="iteration 7: log-probs at sampling"):
+        with pytest.raises(TrainingError, match="iteration 7: log-probs while sampling"):
             check_rollout(replace(ro, logp=sampled), logp, logp, "iteration 7", is_first=False)
     # The KL must be 0 before the first update only.
     for other in (logp + 0.001, logp - 0.001, logp * NAN):
