@@ -8,7 +8,7 @@ Read it in this order:
 
 Legend: B rows in a batch, T tokens in the longest row of a batch. A prompt is a text that ends in
 "\\n\\nAssistant:"; a reply is the text after it, with its leading space.
-Papers: HH = Bai et al. 2022 (arXiv 2204.05862), the default.
+Papers: HH = Bai et al. 2022 (arXiv 2204.05862); a § or Fig. without a name is in HH.
 """
 import base64
 import gzip
@@ -155,8 +155,8 @@ def load_comparisons(root, split: str, subsets: Sequence[str] | None = None
     root: a folder in the official layout, root/<subset>/<split>.jsonl.gz (or .jsonl), or a single
     file, which `in_test` divides. subsets: names of folders under root; None takes all that have
     the split, in alphabetical order. A subset whose name begins with "harmless" gets the kind
-    "harmless" (for a single file: its name or its folder's contains the word); all others get
-    "helpful". Raises UserError if there is nothing to load."""
+    "harmless" (a single file does if its name or its folder's name contains the word); all others
+    get "helpful". Raises UserError if there is nothing to load."""
     root = Path(root)
     if split not in ("train", "test"):
         raise UserError(f"the split {split!r} is neither 'train' nor 'test'")
@@ -241,9 +241,9 @@ def encode_comparison(tok: "Tokenizer", comparison: Comparison, context: int
 def batches_by_length(lengths: Sequence[int], token_budget: int,
                       generator: torch.Generator | None = None) -> list[list[int]]:
     """Divide the rows 0 to len(lengths) - 1 into batches; each row is in exactly one.
-    A batch has rows * longest <= token_budget. A longer row is a batch by itself. Rows of similar
-    length share a batch, which saves padding. With a generator, batches and rows of equal length
-    are shuffled."""
+    A batch has rows * longest <= token_budget. A row longer than the budget is a batch by itself.
+    Rows of similar length share a batch, which saves padding. With a generator, batches and rows of
+    equal length are shuffled."""
     order = list(range(len(lengths)))
     if generator is not None:
         order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -314,8 +314,9 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids into text. Special ids and padding ids give "". Bytes that are not UTF-8 (an
-        untrained policy produces them) give the replacement character U+FFFD."""
+        """Turn ids into text. Ids from end_of_turn on (the special ones, and those that only round
+        up n_vocab) give "". The pads of `pad` are id 0, an ordinary token: cut them off first.
+        Bytes that are not UTF-8 (an untrained policy produces them) give U+FFFD."""
         return self.encoding.decode([i for i in ids if i < self.end_of_turn], errors="replace")
 
     def encode_dialogue(self, text: str) -> list[int]:

@@ -5,9 +5,10 @@ Read it in this order:
   2. GPT-2 out   `export_gpt2` writes our GPT and tokenizer in that format
   3. Downloads   `fetch` gets one file; with it GPT-2's weights and the comparisons of HH-RLHF
 
-Legend: V vocabulary, D width, C context, L layers.
-weights.py reads untrusted files without running any code in them. Inside this file, a ValueError
-says what is wrong with a file. Callers get a UserError, one sentence that also names the file.
+Legend: V vocabulary, D width, C context.
+weights.py reads untrusted files without running any code in them. Functions of hub.py that look
+into a file raise a ValueError that says what is wrong with it. Callers of hub.py get a UserError,
+one sentence that also names the file.
 """
 import gzip
 import json
@@ -210,7 +211,7 @@ def export_gpt2(model: GPT, folder, tok: Tokenizer):
     """Write model.safetensors, config.json and the tokenizer, in the format that transformers'
     AutoModelForCausalLM and AutoTokenizer read. Raises UserError.
 
-    The exported tokenizer encodes text without special tokens as ours does. Dialogues need our
+    On text that holds no special token, the exported tokenizer agrees with ours. Dialogues need our
     `encode_dialogue`, which works turn by turn and puts <|endoftext|> after the assistant's turns.
     """
     folder, cfg = Path(folder), model.cfg
@@ -340,7 +341,7 @@ def fetch(url: str, path, size: int | None = None, sha256: str | None = None, ch
         return path
     print(f"downloading {url} to {path}")
     try:
-        socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none: a silent server would hang us
+        socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none and would wait forever
         path.parent.mkdir(parents=True, exist_ok=True)
         # The folder is removed at the end, whatever happens.
         with TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:

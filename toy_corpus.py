@@ -12,7 +12,8 @@ Legend:
   rng       the only source of randomness: equal generators draw equal texts
   kind      "helpful" or "harmless" (red-teaming): which of the two data sets a prompt belongs to
   held out  kept for evaluation, never shown in training
-Papers: HH = Bai et al. 2022 (the default), GL = Askell et al. 2021 (arXiv 2112.00861).
+Papers: HH = Bai et al. 2022 (a § or Fig. without a name is in HH), GL = Askell et al. 2021 (arXiv
+2112.00861).
 """
 import math
 import zlib
@@ -124,8 +125,8 @@ SLOPPY = Persona(right=0.45, complies=0.95, refuses=0.05, evades=0.15,
 PERFECT = Persona(right=1.0, complies=0.0, refuses=0.0, evades=0.0,
                   polite=0.5, rude=0.0, rambles=0.0)
 
-# A header describes the assistant of a document. Because behavior follows the header, a language
-# model learns to follow one too, so that a prompt changes its behavior (GL §2).
+# A header describes the assistant of a document. Because behavior follows the header there, a
+# language model learns to behave as the header before a dialogue says (GL §2).
 HHH_HEADER = "Below are conversations between people and a helpful, honest and harmless assistant."
 HEADERS = (
     (KIND, HHH_HEADER),
@@ -194,7 +195,7 @@ def speak(request: Request, persona: Persona, rng: Random) -> str:
 
 
 def _textbook_page(rng: Random) -> str:
-    """Three to six true facts. In dialogues, assistants are often wrong."""
+    """Three to six true facts, which dialogues teach badly: assistants there are often wrong."""
     statements = []
     for _ in range(rng.randint(3, 6)):
         _, request = _next_question(rng, "helpful", before=None, from_held_out=False,

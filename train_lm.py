@@ -11,7 +11,8 @@
    with it. The result is the initial policy: comparisons are sampled from it, RLHF starts from it,
    and RLHF's KL penalty keeps the policy close to it.
 
-The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Read it in this order:
+The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Read this file in
+this order:
   1. Text          documents, the tokenizer, rows of ids and their batches
   2. Pretraining   stage 1
   3. Distillation  stage 2
@@ -19,6 +20,7 @@ The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Re
 
 Legend:  B rows   T tokens in a row   P tokens of the prompt   D width   V vocabulary
          n tokens of many rows, packed
+Papers: HH = Bai et al. 2022 (arXiv 2204.05862), GL = Askell et al. 2021 (arXiv 2112.00861).
 """
 import copy
 import math
@@ -42,7 +44,7 @@ from run import (UserError, autocast, check_finite, logits_at_once, progress,
 
 @dataclass
 class LMConfig:
-    """HH does not state its pretraining settings (GL has them). These were tuned on the toy."""
+    """HH does not state its pretraining settings. The defaults below were tuned on the toy."""
     documents: int = 90_000    # documents, each seen once; for real data an upper limit
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has 50257)
     lr: float = 5e-3           # peak; half a cosine down to 0, times a linear warm-up
@@ -68,7 +70,7 @@ def corpus(run: Run, n: int, split: str, stage: str) -> list[str]:
     """At most n documents of a split, "train" or "test", in a random order of the stage's own."""
     rng = run.rng("corpus" if stage == "lm" else f"{stage} corpus", split)
     if run.toy:
-        # The distilled prompt describes the assistant, so its documents have no headers.
+        # The prompt that is distilled describes the assistant, so these documents have no headers.
         headers = stage == "lm"
         texts = []
         for _ in progress(range(n), "write corpus", "docs"):
@@ -82,7 +84,7 @@ def corpus(run: Run, n: int, split: str, stage: str) -> list[str]:
     if len(comparisons) > n and split == "train":
         print(f"    {len(comparisons) - n:,} of {len(comparisons):,} dialogues left out by "
               f"--{stage}.documents")
-    # Only the chosen side: the LM is not to learn preferences yet, and one side is text enough.
+    # One side is text enough. Taking the chosen one teaches the LM a little of what is preferred.
     return [c.prompt + c.chosen for c in comparisons[:n]]
 
 
@@ -118,8 +120,8 @@ def n_targets(rows: list[list[int]]) -> int:
 
 
 def row_batches(rows: list[list[int]], device, read_before: int = 0):
-    """Yield the rows in batches of similar length that fit one forward pass. `read_before` counts
-    the tokens that the teacher reads before each row."""
+    """Yield the rows in batches that fit one forward pass; rows of similar length share a batch.
+    `read_before` counts the tokens that the teacher reads before each row."""
     lengths = [read_before + len(row) for row in rows]
     for piece in batches_by_length(lengths, tokens_at_once(0, device)):
         yield [rows[i] for i in piece]
@@ -359,8 +361,8 @@ def measure(run: Run, student: GPT, teacher: GPT, prompt: list[int], rows, top: 
 
 
 def distilled_prompt(run: Run) -> list[int]:
-    """Ids of the text that the teacher reads first. In the toy and with GPT-2, no end of turn
-    follows it: the toy's corpus has none after a header, and GPT-2 would start a new document."""
+    """Ids of the text that the teacher reads first. In the toy and with --init, end-of-turn is left
+    out: the toy's corpus has none after a header, and GPT-2 would start a new document."""
     if run.toy:
         return run.tok.encode(toy_corpus.HHH_HEADER)
     if run.cfg.init:
@@ -378,8 +380,8 @@ def mean_kl(student: GPT, teacher: GPT, prompt: list[int], rows, top: int, devic
 
 
 def behavior(run: Run, model: GPT, header: str = "", n: int = 600, max_response: int = 32) -> dict:
-    """The ground truth on one reply to each of n held-out prompts, a third of them red-teaming,
-    which follow `header`; see toy.rates."""
+    """What the ground truth says of one reply to each of n held-out prompts, a third of them
+    red-teaming; see toy.rates. The model reads `header` before each prompt."""
     rng = run.rng("behavior prompts")
     kinds, prompts, ids = [], [], []
     for i in range(n):

@@ -10,7 +10,7 @@
    replies are sampled from the initial policy, and a simulated crowdworker chooses between them.
 
 The command first runs stages 1 and 2 if their results are missing. It writes pmp.pt and pm.pt to
-the output folder. Read it in this order:
+the output folder. Read this file in this order:
   1. Comparisons   sampled and labeled, or read; encoded as rows of ids
   2. Training      one epoch of the ranking loss, shared by both stages
   3. PMP           stage 3
@@ -18,6 +18,8 @@ the output folder. Read it in this order:
   5. Commands
 
 Legend:  N comparisons   n some of them, with the indices i (n,)   T longest row
+Papers: HH = Bai et al. 2022 (arXiv 2204.05862), and every § or App. without a name is in HH;
+        GL = Askell et al. 2021 (arXiv 2112.00861), IG = Ouyang et al. 2022 (arXiv 2203.02155).
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -70,8 +72,8 @@ def collect(run: Run, cfg: PMConfig, policy: GPT, kind: str, split: str,
             n: int) -> list[Comparison]:
     """Sample two replies to each of n toy prompts and let a crowdworker choose (§2.1).
 
-    Pairs with equal, empty or unfinished replies are dropped and counted. As text, an unfinished
-    reply could not be told from a finished one."""
+    Pairs with equal, empty or unfinished replies are dropped and counted. Stored as text, an
+    unfinished reply would look finished: encoding it again adds the end of turn."""
     rng = run.rng("comparisons", kind, split)
     prompts, ids = [], []
     for _ in range(n):
@@ -172,8 +174,8 @@ def binarize(found: list[Comparison]) -> list[Comparison]:
 def fit(run: Run, stage, cfg, pm: ScalarModel, pairs: EncodedPairs, weights):
     """Train for one epoch on the ranking loss, with a weight for each comparison, (N,).
 
-    A second epoch would overfit (HH App. A.2, IG C.2), and a single one is also a data-scaling
-    curve (§3.1). The optimizer is not stated in HH; betas are IG's."""
+    A second epoch would overfit (HH App. A.2, IG C.2). With one epoch the learning curve is also a
+    data-scaling curve (§3.1). HH does not state the optimizer; the betas are IG's."""
     order = torch.randperm(len(pairs.chosen), generator=run.torch_rng(f"{stage.name} batches"))
     batches = order.split(cfg.batch)
     optimizer = torch.optim.AdamW(pm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
@@ -224,8 +226,9 @@ def from_lm(run: Run) -> ScalarModel:
     lm = run.load_model("lm.pt")
     torch.manual_seed(run.rng("pm head").getrandbits(62))
     pm = run.prepare(ScalarModel(lm).to(run.device))
-    # The LM has never seen the end-of-context token. It replaces the marker of the next human turn,
-    # where an LM can already tell what the human thought of the reply, so it starts as a copy.
+    # The LM has never seen the end-of-context token. It stands where the next human turn would
+    # begin, and there the LM already predicts what the human will say of the reply. Its embedding
+    # starts as that of the turn's marker (the mean, where the marker is several tokens).
     with torch.no_grad():
         embed = pm.trunk.embed.weight
         embed[run.tok.end_of_context] = embed[run.tok.encode(HUMAN)].mean(0)
@@ -264,7 +267,7 @@ def pretrain(run: Run, cfg: PMPConfig):
 
 
 def cheap_comparisons(run: Run, cfg: PMPConfig, split: str) -> list[Comparison]:
-    """Comparisons made without crowdworkers; [] if a small file has no test row."""
+    """Comparisons made without crowdworkers; [] if those of the test split cannot be loaded."""
     if run.toy:
         rng = run.rng("forum", split)
         n = cfg.pairs if split == "train" else 1000
@@ -327,7 +330,7 @@ def train(run: Run, cfg: PMConfig):
             result = report((chosen - rejected)[rows], labels)
             print(f"    held-out {kind:8}: {result}")
             stage.log(stage.n_steps, subset=kind, **vars(result))
-    # App. B.2: subtract the mean on held-out replies, so that scores of different PMs compare.
+    # App. B.2: subtract the mean on held-out replies, so that different PMs' scores are comparable.
     pm.mean += torch.cat([chosen, rejected]).mean().to(run.device)
     stage.end(**run.checkpoint(pm))
 

@@ -5,8 +5,9 @@ Read it in this order:
   2. Writing safetensors   tensors are written as float32
   3. Checkpoints           `read_weights` takes a file or a folder, in either format
 
-Inside this file, a ValueError says what is wrong with a weight file. `read_safetensors`,
-`write_safetensors` and `read_weights` turn it into a UserError, which also names the file.
+Inside this file, a ValueError says what is wrong with a weight file. `read_safetensors` turns it
+into a UserError, which also names the file; `write_safetensors` and `read_weights` raise only
+UserErrors.
 """
 import json
 import math

@@ -10,15 +10,15 @@ red-team prompts, the PM has learned both kinds, and PPO is trained against the 
 
 64 replies to each held-out prompt give the mean for every n at once (measures.best_of_n). Measured
 are the PM score and the true utility of the best reply, as gains over one reply of the initial
-policy, both kinds of prompts together; and the same of PPO, at the KL of each n, at the PM score of
-each n, and in the end. The thresholds: each step of n raises the true utility by over 2 standard
+policy, both kinds of prompts together; and the same for PPO, at the KL of each n, at the PM score
+of each n, and in the end. The thresholds: each step of n raises the true utility by over 2 standard
 errors (over prompts), and PPO's true gain is above that of best of 64 minus 2 of the latter's
 standard errors. PPO's own error does not enter.
 
 The KL of best-of-n is log n - (n - 1) / n if no two replies tie (HH quote the upper bound log n:
 4.2 instead of 3.2 for n = 64). In this small world replies repeat, which makes it less. So at the
-"KL of n" PPO may use more KL than best-of-n did, and where best-of-n is ahead there, it is ahead.
-OO §3.5 warns that KL does not compare methods fairly: RL uses more of it for the same effect.
+"KL of n" PPO may use more KL than best-of-n did, which favors PPO: a lead of best-of-n there is
+real. OO §3.5 warns that KL does not compare methods fairly: RL uses more of it for the same effect.
 """
 import dataclasses
 import math

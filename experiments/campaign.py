@@ -23,8 +23,8 @@ class Campaign:
         self.initial, self.test = lab.load(run), {}  # origin -> held-out comparisons
 
     def compare(self, n: int, name: str, *speakers):
-        """n comparisons of two speakers' replies to a prompt. A speaker is a function of prompts
-        and a name for its random numbers."""
+        """At most n comparisons. Each is of the replies of two speakers, drawn by lot, to one
+        prompt. A speaker is a function of prompts and a name for its random numbers."""
         rng, prompts, said = self.run.rng("online", name), [], []
         for _ in range(2 * n):  # more than n, because two speakers may say the same
             held_out = name.startswith("test")
@@ -39,7 +39,8 @@ class Campaign:
         return labeled[:n]
 
     def collect(self, origin: str, name: str, *speakers):
-        """Comparisons for training; keeps others of the same speakers as the origin's test."""
+        """Comparisons for training; keeps others of the same speakers as the origin's test. A later
+        round of an origin replaces its test."""
         self.test[origin] = self.compare(self.n_test, f"test {name}", *speakers)
         return self.compare(self.n, name, *speakers)
 

@@ -10,7 +10,7 @@ import dataclasses
 import toy
 import toy_corpus
 
-SKILLS, SHOTS = ("state", "answer", "judge"), ("zero", "few")
+SKILLS, SHOTS = ("state", "answer", "judge"), ("zero", "few")  # toy.SKILLS are kinds of request
 RIGHT, WRONG = " Right.", " Wrong."
 
 

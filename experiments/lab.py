@@ -98,8 +98,8 @@ def load(run: Run, name: str = "initial.pt") -> GPT:
 
 def comparisons(run: Run, n: int, kind: str = "helpful", name: str = "train",
                 policy: GPT | None = None, noise: float = 1.0) -> list[Comparison]:
-    """About n labeled comparisons of a policy's replies, by default the initial policy's. Fewer
-    than n, because identical and unfinished pairs are dropped (train_pm.collect).
+    """At most n labeled comparisons of a policy's replies, by default the initial policy's. n pairs
+    are sampled; identical, empty and unfinished ones are dropped (train_pm.collect).
 
     name: seeds the draw; names that begin with "test" use held-out prompts.
     noise: temperature of the crowdworkers' choices."""
@@ -160,7 +160,7 @@ def respond(run: Run, policy: GPT, ids: list[list[int]], name: str, max_response
 
 def sample(run: Run, policy: GPT, prompts: list[str], name: str = "sample",
            header: str = "") -> list[str]:
-    """One reply to each prompt (text), which the policy reads behind `header`."""
+    """One reply to each prompt (text), before which the policy reads `header`."""
     ids = [run.tok.encode_dialogue(header + prompt) for prompt in prompts]
     responses = respond(run, policy, ids, name).responses()
     return [run.tok.decode(response) for response in responses]

@@ -114,8 +114,8 @@ def save_picture(path: Path, draw):
 
 
 def main(script, description: str, **more):
-    """Run a script's function of its arguments. A mistake of the user's, or training that went
-    wrong, ends it with one sentence and status 2, as in the commands."""
+    """Run `script`, a function of the parsed arguments. A mistake of the user's, or training that
+    went wrong, ends it with one sentence and status 2, as in the commands."""
     args = arguments(description, **more)
     try:
         script(args)

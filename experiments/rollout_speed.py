@@ -18,10 +18,10 @@ turn, and the median of some repetitions counts. The first table times sampling 
                                the same length
 
 The column `tokens/s` counts response tokens. `wasted` is the share of slot-steps that sample
-nothing wanted. `memory` and `FLOPs` are what the decode steps and prefills need (weights once a
-step, the cached tokens of each busy slot, two FLOPs a weight and token), as a share of what a large
-copy and a large matmul reach here, in this process. The second table times a PPO iteration by
-phase.
+nothing wanted. `memory` is the bytes that the decode steps need (weights once a step, the cached
+tokens of each busy slot), `FLOPs` what decode steps and prefills need (two a weight and token, and
+attention's), each as a share of what a large copy and a large matmul reach here, in this process.
+A last line times a PPO iteration by phase.
 
 Read it in this order:
   1. Workload       prompts and lengths
@@ -61,7 +61,7 @@ from run import UserError, autocast, choose_device, rng, torch_rng
 SHAPES = {"toy": (SIZES["toy"], 1024, 512),
           "10M": (GPTConfig(6, 6, 384), 1024, 640),
           "gpt2": (SIZES["gpt2"], 50304, 1024)}
-# Deciles (5%, 15%, ..., 95%) of prompt and of response lengths, in tokens.
+# Ten equally likely lengths (quantiles 5%, 15%, ..., 95%) of prompts and of responses, in tokens.
 SPREADS = {
     # 1,500 comparisons of HH-RLHF's test files in GPT-2's encoding, the chosen reply, cut at the
     # 128 tokens of the paper's samples (App. B.1).
@@ -69,7 +69,7 @@ SPREADS = {
     # Held-out prompts, and the LM's replies.
     "toy": ((12, 13, 14, 15, 16, 18, 20, 29, 33, 37), (3, 7, 9, 10, 11, 12, 13, 15, 18, 25)),
     "constant": ((64,), (64,)),
-    # As the script draws them that times TRL's PPO (experiments/README.md).
+    # As in the script that times TRL's PPO, which is not in the repository (experiments/README.md).
     "uniform": (tuple(range(12, 40)), (32,)),
 }
 NEVER = -1  # as the end-of-turn token: responses end at their limits only
@@ -423,7 +423,7 @@ def iteration_table(policy: GPT, spread: str, args, device):
     total = sum(middle.values())
     words = [f"{name} {time:.2f} s ({time / total:.0%})" for name, time in middle.items()]
     print(f"\nPPO iteration, {spread}: {it.cfg.batch} responses, minibatches of "
-          f"{it.cfg.minibatch}, {it.cfg.passes} pass: {', '.join(words)}; "
+          f"{it.cfg.minibatch}, passes: {it.cfg.passes}: {', '.join(words)}; "
           f"{it.cfg.batch / total:,.0f} samples/s")
 
 

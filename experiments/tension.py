@@ -8,9 +8,10 @@ The paper's claim: trained on one kind of comparisons only, a PM is "significant
 chance" on the other; the text gives no number. All PMs here learn from the largest initial policy's
 replies (HH: nearly all are of 52B models). Measured:
 
-1. Mixtures (Figs 19, 26). Eleven, from all harmless to all helpful, of one number of comparisons.
-   Accuracy on held-out comparisons of both kinds, and the mean of the two. The verdict looks at the
-   ends: accuracy on the other kind, of the largest PM, is at most 0.40 in the mean of 3 seeds.
+1. Mixtures (Figs 19, 26). Eleven, from all harmless to all helpful, each of the same number of
+   comparisons. Accuracy on held-out comparisons of both kinds, and the mean of the two. The
+   verdict looks at the ends: accuracy on the other kind, of the largest PM, is at most 0.40 in the
+   mean of 3 seeds.
 2. Loss weights (Fig. 27). L = L_helpful + lambda L_harmless, on two thirds helpful and one third
    harmless comparisons. What lambda = 10 costs does not enter the verdict.
 3. RL (§4.4), one seed, no verdict. PPO against one PM of both kinds, on three mixtures of prompts.
