@@ -1,7 +1,6 @@
 """Tests of data.py. Expected values are computed here in another, slower way, or by hand."""
 import gzip
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -12,7 +11,7 @@ import torch
 
 import data
 from data import ASSISTANT, HUMAN, Comparison, Tokenizer
-from run import UserError
+from test_weights import refused
 
 CORPUS = [
     "the cat sat on the mat. the other cat sat on that mat, and that's the end of it!\n\n",
@@ -25,12 +24,6 @@ CORPUS = [
 @pytest.fixture(scope="module")
 def bpe() -> Tokenizer:
     return data.train_bpe(CORPUS, 400)
-
-
-def refused(function, *args) -> str:
-    with pytest.raises(UserError) as error:
-        function(*args)
-    return str(error.value)
 
 
 # ---- 1. Dialogues ------------------------------------------------------------
@@ -61,6 +54,7 @@ GOOD = {"chosen": Q + " yes", "rejected": Q + " no"}
     (Q + AB, Q + " c", (Q, AB, " c")), (Q + " c", Q2, (Q, " c", Q2[len(Q):])),  # nor at each last
     (Q + AB, Q + " a\n\nAssist", (Q, AB, " a\n\nAssist")),  # the shared part ends in a marker
     (Q + " a\n\nAssistant", Q + AB, (Q, " a\n\nAssistant", AB)),
+    (ASSISTANT + " a", ASSISTANT + " b", (ASSISTANT, " a", " b")),  # a prompt of one marker
     (Q + " yes", Q + " yes", "identical pair"), (Q, Q, "identical pair"),
     (Q + " yes", Q, "empty reply"), (Q + " ", Q + " no", "empty reply"),
     (Q2 + " yes", Q2 + "\n", "empty reply"), (Q + " a", HUMAN + " p", "no shared prompt"),
@@ -88,7 +82,6 @@ def test_read_comparisons_counts_what_it_drops(tmp_path):
     assert rows == [Comparison(Q, " yes", " no", "helpful", 0.75),
                     Comparison(Q, " yes", "\u2028 \x85no", "helpful"),
                     Comparison(Q, " ?", " no", "helpful", 0)]
-    assert (counter["read"], counter["kept"], sum(counter.values())) == (7, 3, 14)
     assert data.counts_line(counter + Counter(read=1700)) == (
         "read 1,707, kept 3, dropped 4 (empty reply 2, identical pair 1, no shared prompt 1)")
     assert data.counts_line(Counter(read=9, kept=9, zero=0)) == "read 9, kept 9, dropped 0"
@@ -97,14 +90,14 @@ def test_read_comparisons_counts_what_it_drops(tmp_path):
 @pytest.mark.parametrize("bad, words", [
     (b'{"chosen": ', "not JSON"), (b"[" * 100_000, "not JSON"), (b'["chosen"]', "object"),
     (b'{"chosen": "\xff"}', "UTF-8"), ({"rejected": Q + " no"}, "'chosen'"),
-    ({"chosen": Q + " yes", "rejected": None}, "'rejected'"),
-    ({"chosen": "Human: q", "rejected": Q + " no"}, "'chosen' is not a dialogue"),
+    (GOOD | {"rejected": None}, "'rejected'"),
+    (GOOD | {"chosen": "Human: q"}, "'chosen' is not a dialogue"),
     (GOOD | {"p_chosen": "0.5"}, "p_chosen"), (GOOD | {"p_chosen": 1.5}, "p_chosen"),
     (GOOD | {"p_chosen": -0.1}, "p_chosen"), (GOOD | {"p_chosen": float("nan")}, "p_chosen")])
-@pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
-def test_a_bad_line_is_named(tmp_path, name, bad, words):
-    message = refused(data.read_comparisons, write_rows(tmp_path / name, GOOD, b"", bad), "helpful")
-    assert f"{tmp_path / name}:3:" in message and words in message
+def test_a_bad_line_is_named(tmp_path, bad, words):
+    for file in (tmp_path / "bad.jsonl", tmp_path / "bad.jsonl.gz"):
+        message = refused(data.read_comparisons, write_rows(file, GOOD, b"", bad), "helpful")
+        assert f"{file}:3:" in message and words in message
 
 
 def test_a_bad_file_is_named(tmp_path):
@@ -143,42 +136,40 @@ def test_load_one_file_splits_by_first_question(tmp_path, name, kind):
     path, questions, replies = write_rows(tmp_path / name, *rows), {}, []
     for split in ("train", "test"):
         kept, counters = data.load_comparisons(path, split)
-        assert {c.kind for c in kept} == {kind}
         n_other = 900 - len(kept)
         assert counters == {name: {"read": 900, "kept": len(kept), "in the other split": n_other}}
         questions[split] = {data.parse(c.prompt)[0] for c in kept}
-        replies += [c.chosen for c in kept]
-    assert sorted(replies) == sorted(f" a{n}" for n in range(900))
+        replies += [(c.kind, c.chosen) for c in kept]
+    assert sorted(replies) == sorted((kind, f" a{n}") for n in range(900))
     assert not questions["train"] & questions["test"]
     # Each of 450 questions is in the test split with p = 1/16: 28 with a standard error of 5.1.
     assert 28 - 4 * 5.1 < len(questions["test"]) < 28 + 4 * 5.1
 
 
-@pytest.mark.parametrize("name", ["helpful/train.jsonl", "helpful/train.jsonl.gz"])
-def test_write_comparisons_can_be_read(tmp_path, name):
+def test_write_comparisons_can_be_read(tmp_path):
     rows = [Comparison(Q2, " \u2028é", " no", "", 0.0), Comparison(Q, " a", " b", "")]
-    data.write_comparisons(tmp_path / name, rows)
-    assert data.read_comparisons(tmp_path / name, "") == (rows, {"read": 2, "kept": 2})
-    if name.endswith(".gz"):  # gzip's header has no time in it: same comparisons, same bytes
-        assert (tmp_path / name).read_bytes()[4:8] == bytes(4)
-    assert "cannot write" in refused(data.write_comparisons, tmp_path / name / "x.jsonl", rows)
+    for path in (tmp_path / "helpful" / "train.jsonl", tmp_path / "helpful" / "train.jsonl.gz"):
+        data.write_comparisons(path, rows)
+        assert data.read_comparisons(path, "") == (rows, {"read": 2, "kept": 2})
+        assert "cannot write" in refused(data.write_comparisons, path / "x.jsonl", rows)
+    assert path.read_bytes()[4:8] == bytes(4)  # no time in gzip's header: same rows, same bytes
 
 
 @pytest.mark.parametrize("replies", [(" yes, the cat", " no"), (" no", " yes, the cat")])
 def test_encode_comparison_cuts_the_beginning_of_the_prompt_only(bpe, replies):
     question = HUMAN + " 1234567 times the cat sat on the mat, and why is that?" + ASSISTANT
-    prompt, chosen = bpe.encode_dialogue(question), bpe.encode_reply(replies[0])
-    rejected = bpe.encode_reply(replies[1])
+    chosen, rejected = map(bpe.encode_reply, replies)
     longer = max(len(chosen), len(rejected))
-    assert len(prompt) > data.MIN_PROMPT + 3 and len(chosen) != len(rejected)
-    for context in range(1, len(prompt) + longer + 4):
-        room = context - 1 - longer  # 1 is for end_of_context
-        expected = (prompt[-room:], chosen, rejected) if room >= data.MIN_PROMPT else None
-        assert data.encode_comparison(bpe, Comparison(question, *replies, ""), context) == expected
-    # A prompt shorter than the minimum is kept whole or not at all.
-    c, n = Comparison(ASSISTANT, *replies, ""), len(bpe.encode(ASSISTANT)) + longer + 1
-    assert data.encode_comparison(bpe, c, n) == (bpe.encode(ASSISTANT), chosen, rejected)
-    assert data.encode_comparison(bpe, c, n - 1) is None
+    assert len(chosen) != len(rejected)
+    for text in (question, ASSISTANT):  # a prompt shorter than the minimum is kept whole or not
+        prompt = bpe.encode_dialogue(text)
+        assert (len(prompt) > data.MIN_PROMPT + 3) == (text == question)
+        for context in range(1, len(prompt) + longer + 4):
+            room = context - 1 - longer  # 1 is for end_of_context
+            kept = room >= min(data.MIN_PROMPT, len(prompt))
+            expected = (prompt[-room:], chosen, rejected) if kept else None
+            found = data.encode_comparison(bpe, Comparison(text, *replies, ""), context)
+            assert found == expected
 
 
 # ---- 3. Batches --------------------------------------------------------------
@@ -222,6 +213,11 @@ def test_pad():
 # ---- 4. Tokenizer ------------------------------------------------------------
 
 
+def spelled(text: str) -> list[list[bytes]]:
+    """The pieces of a text, each as a list of single bytes."""
+    return [[bytes([b]) for b in piece.encode()] for piece in re.findall(data.PATTERN, text)]
+
+
 def merge_in_place(parts: list[bytes], left: bytes, right: bytes):
     for i in range(len(parts)):
         if parts[i:i + 2] == [left, right]:
@@ -230,10 +226,9 @@ def merge_in_place(parts: list[bytes], left: bytes, right: bytes):
 
 def test_train_bpe_equals_the_definition(bpe):
     """Count all the pairs of the corpus anew for each merge. tiktoken replays the merges."""
-    words, tokens, merges = [], [bytes([b]) for b in range(256)], []
+    words, tokens, merges = [], list(data.SINGLE_BYTES), []
     for text in CORPUS:
-        for piece in re.findall(data.PATTERN, text):
-            words.append([bytes([b]) for b in piece.encode()])
+        words += spelled(text)
     while len(tokens) < 398:
         count = Counter()
         for word in words:
@@ -243,9 +238,8 @@ def test_train_bpe_equals_the_definition(bpe):
         for word in words:
             merge_in_place(word, *merges[-1])
     assert bpe.tokens == tokens
-    letters = random.Random(1).choices("aabbnnthes12 ", k=3000)
-    for piece in re.findall(data.PATTERN, "".join(letters)):
-        parts = [bytes([b]) for b in piece.encode()]
+    for parts in spelled("".join(random.Random(1).choices("aabbnnthes12 ", k=3000))):
+        piece = b"".join(parts).decode()
         for pair in merges:
             merge_in_place(parts, *pair)
         assert bpe.encode(piece) == [tokens.index(part) for part in parts]
@@ -266,10 +260,10 @@ def test_train_bpe_by_hand(bpe):
 @pytest.mark.parametrize("name", ["bpe", "gpt2"])
 def test_decode_inverts_encode_for_any_text(name, request):
     tok, rng = request.getfixturevalue(name), random.Random(2)
-    texts = ["".join(chr(c) for c in range(0x3000))]
+    texts = ["".join(map(chr, range(0x3000))), "typed: <|endoftext|> and <|endofcontext|>!"]
     for first, last in ((32, 127), (9, 33), (0x80, 0x370), (0x2000, 0x2070), (0xE000, 0x110000)):
         texts += ["".join(map(chr, rng.choices(range(first, last), k=60))) for _ in range(50)]
-    for text in texts + ["typed specials: <|endoftext|> and <|endofcontext|>!"]:
+    for text in texts:
         ids = tok.encode(text)
         assert tok.decode(ids) == text and all(0 <= i < tok.end_of_turn for i in ids)
     tok.encode("a lone \ud800 surrogate does not crash")
@@ -327,17 +321,17 @@ def test_prompt_and_reply_have_an_exact_border(name, request):
 def test_save_and_load(bpe, tmp_path):
     path = tmp_path / "new" / "tokenizer.json"
     assert f"cannot read the tokenizer {path}" in refused(Tokenizer.load, path)
-    bpe.save(path)
-    loaded = Tokenizer.load(path)
-    assert (loaded.fingerprint, loaded.name, loaded.tokens) == (bpe.fingerprint, "bpe", bpe.tokens)
-    good = json.loads(path.read_text())
-    tokens = good["tokens"]
-    changes = [{"tokens": tokens[1:]}, {"tokens": 3}, {"tokens": tokens + ["*"]}, {"pattern": "("},
-               {"tokens": tokens[:-1]}, {"pattern": r"\s+|\S+"}, {"pattern": 5},
-               {"tokens": tokens[:-2] + tokens[:-3:-1]}]
-    files = [json.dumps(good | change).encode() for change in changes]
     Tokenizer("", bpe.pattern, bpe.tokens + bpe.tokens[-1:]).save(path)  # a token twice
-    for content in files + [b"[]", b"{}", b"\x80 not json", path.read_bytes()]:
+    files = [b"[]", b"{}", b"\x80 not json", path.read_bytes()]
+    bpe.save(path)
+    loaded, good = Tokenizer.load(path), json.loads(path.read_text())
+    assert (loaded.fingerprint, loaded.name, loaded.tokens) == (bpe.fingerprint, "bpe", bpe.tokens)
+    tokens = good["tokens"]
+    for change in ({"tokens": tokens[1:]}, {"tokens": 3}, {"tokens": tokens + ["*"]},
+                   {"tokens": tokens[:-1]}, {"tokens": tokens[:-2] + tokens[:-3:-1]},
+                   {"pattern": "("}, {"pattern": r"\s+|\S+"}, {"pattern": 5}):
+        files.append(json.dumps(good | change).encode())
+    for content in files:
         path.write_bytes(content)
         assert f"{path} is not a tokenizer file" in refused(Tokenizer.load, path)
 
@@ -346,24 +340,3 @@ def test_gpt2_without_network_says_what_to_do(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: open("no such file"))  # OSError
     for word in ("vocab.bpe", "encoder.json", "TIKTOKEN_CACHE_DIR", "--tokenizer bpe"):
         assert word in refused(data.gpt2_tokenizer)
-
-
-# ---- The real data -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("subset", ["helpful-base", "harmless-base"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_real_rows(hh_rlhf_dir, subset, split):
-    """Another way to split, turn by turn: the first turn that differs is the reply."""
-    expected = []
-    for n_rows, row in data.read_jsonl(hh_rlhf_dir / subset / f"{split}.jsonl.gz"):
-        assert data.render(data.parse(row["chosen"])) == row["chosen"]
-        a, b = (re.split(f"({HUMAN}|{ASSISTANT})", row[field])[1:] for field in row)
-        n = len(os.path.commonprefix([a, b]))
-        while n and a[n - 1] != ASSISTANT:
-            n -= 1  # if one reply only adds a further turn, the replies begin one turn earlier
-        prompt, chosen, rejected = "".join(a[:n]), "".join(a[n:]), "".join(b[n:])
-        if prompt and chosen != rejected and chosen.strip() and rejected.strip():
-            expected.append(Comparison(prompt, chosen, rejected, subset.split("-")[0]))
-    kept, counters = data.load_comparisons(hh_rlhf_dir, split, [subset])
-    assert kept == expected and counters[subset]["read"] == n_rows

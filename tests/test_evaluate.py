@@ -64,9 +64,9 @@ def test_a_long_real_prompt_loses_its_beginning(tmp_path, capsys):
 
 def test_evaluate_measures_the_policy_that_it_is_given():
     """Scores and KL(policy || reference) of known models at a temperature other than 1."""
-    torch.manual_seed(0)
     nets, run = [], StubRun(tok=TOK, toy=True, context=512)
     for seed in (1, 2, 3):
+        torch.manual_seed(0)
         net = shaken(GPT(GPTConfig(1, 2, 16, TOK.n_vocab, run.context)), seed)
         with torch.no_grad():  # so that some replies end
             net.embed.weight[TOK.end_of_turn] = 2 * net.ln_f.bias
@@ -100,10 +100,9 @@ def test_evaluate_measures_the_policy_that_it_is_given():
     assert 0 < results[0]["finished"] < 1
     assert results[0]["score_helpful"] != results[1]["score_helpful"]
     # The truth that RL logs is that of each reply under its prompt's kind.
-    truths, refusals = [], [TOK.encode(" " + toy.REFUSALS[0])] * 12
-    for text, kind in zip(prompts.texts, prompts.kinds):
-        truths.append(toy.truth(text, " " + toy.REFUSALS[0], kind))
-    ro = SimpleNamespace(responses=lambda: refusals)
+    refusal = " " + toy.REFUSALS[0]
+    truths = [toy.truth(text, refusal, kind) for text, kind in zip(prompts.texts, prompts.kinds)]
+    ro = SimpleNamespace(responses=lambda: [TOK.encode(refusal)] * 12)
     assert mean_truth(run, prompts, ro) == sum(truths) / 12 and len(set(truths)) > 1
 
 
@@ -126,9 +125,8 @@ def test_tables_by_hand():
 @pytest.fixture
 def out(tmp_path):
     """A finished run of untrained models."""
-    out = tmp_path / "out"
-    folder = Run(RunConfig(out=str(out), context=512))
-    folder.tok = TOK
+    folder = Run(RunConfig(out=str(tmp_path / "out"), context=512))
+    folder.tok, initial, pmp = TOK, folder.path("initial.pt"), folder.path("pmp.pt")
     TOK.save(folder.path("tokenizer.json"))
     rl = {"max_response": 6, "eval_prompts": 4, "temperature": 0.7, "save_every": 5}
     folder.path("config.json").write_text(json.dumps({"run": folder.options, "rl": rl}))
@@ -137,9 +135,9 @@ def out(tmp_path):
         model = GPT(folder.model_config())
         if name.startswith("pm"):
             model = ScalarModel(model)
-        parents = [folder.path("initial.pt"), folder.path("pmp.pt")] if name == "pm.pt" else []
-        save(folder.path(name), **folder.checkpoint(model), parents=file_hash(parents))
-    return out
+        parents = file_hash([initial, pmp] if name == "pm.pt" else [])
+        save(folder.path(name), **folder.checkpoint(model), parents=parents)
+    return tmp_path / "out"
 
 
 def test_the_command_compares_two_policies(out, monkeypatch, capsys):

@@ -1,8 +1,7 @@
 """Tests of the scripts in experiments/ and of what they share (lab.py, output.py, exercises.py).
 
 Each verdict is tested on made-up numbers: it must hold, and must fail when any one of its
-conditions is broken. All scripts run once at their tiny setting. For measures.py see
-test_measures.py."""
+conditions is broken. All scripts run once at their tiny setting."""
 import csv
 import dataclasses
 import importlib
@@ -24,6 +23,7 @@ import output
 import toy
 import toy_corpus
 from exercises import exercises
+from helpers import flat
 from measures import ELO, elo_error
 from pm import score_rows
 from train_rl import RLConfig
@@ -34,28 +34,17 @@ FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in
 
 # ---- 1. Verdicts -------------------------------------------------------------
 
-
-def sqrt_kl_fit(size="toy", slope=1.0, r2=0.99, r2_in_kl=0.9):
-    return {"size": size, "slope": slope, "R2": r2, "R2_in_KL": r2_in_kl}
-
-
-def robustness_end(gap=0.5, fall=0.5):
-    return {"gap": gap, "gap_se": 0.1, "fall": fall, "fall_se": 0.1}
-
-
-def leads(only_helpful=0.0, **changes):
-    good = {"seed": 7, "initial, helpful": 9.0, "initial, red-team": 9.0,
-            "only, helpful": only_helpful, "only, red-team": 9.0}
-    return [good, good | changes]
-
-
-def pmp_row(gain=0.05, gain_binarized=0.05):
-    return {"comparisons": 250, "gain": gain, "gain_error": 0.02,
-            "gain_binarized": gain_binarized, "gain_binarized_error": 0.02}
-
-
-def calibrated(ece=0.02):
-    return {"ECE": ece, "+- ECE": 0.001, "bias": 0.012}
+# Made-up numbers that hold.
+FIT = {"size": "toy", "slope": 1.0, "R2": 0.99, "R2_in_KL": 0.9}
+SMALL = FIT | {"size": "small", "slope": 1.4}
+END = {"gap": 0.5, "gap_se": 0.1, "fall": 0.5, "fall_se": 0.1}
+LEADS = {"seed": 7, "initial, helpful": 9.0, "initial, red-team": 9.0, "only, helpful": 0.0,
+         "only, red-team": 9.0}
+PMP = {"comparisons": 250, "gain": 0.05, "gain_error": 0.02, "gain_binarized": 0.05,
+       "gain_binarized_error": 0.02}
+ECE = {"ECE": 0.02, "+- ECE": 0.001, "bias": 0.012}
+LAST_OF_64 = {"n": 64, "truth": 1.5, "truth_se": 0.1}
+OUTLIERS = ("toy", [0.8, 0.82], [0.9, 0.93])
 
 
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
@@ -66,7 +55,6 @@ def scaling_fits(r2=0.95, b=0.01, c=0.02):
 # Of each script: arguments of `verdict` that hold; then arguments each of which breaks one
 # condition, with the outcome where it is not plain "DOES NOT HOLD"; then what the sentence says.
 NO, PART = "DOES NOT HOLD", "HOLDS IN PART"
-LAST_OF_64 = {"n": 64, "truth": 1.5, "truth_se": 0.1}
 VERDICTS = {
     "alignment_tax": (
         ([("small", 0.12, 0.01), ("medium", -9.0, 1.0), ("toy", 0.02, 0.01)], 3),
@@ -80,42 +68,37 @@ VERDICTS = {
          ([1, 4, 16], [(1.0, 0.1), (0.3, 0.1)], LAST_OF_64, (1.25, 0.2))],
         ["1.000 (10.0 se), 0.300 (3.0 se)", "best of 64 gains 1.500", "PPO 1.400 +- 0.200"]),
     "calibration": (
-        (calibrated(), calibrated(0.5), (0.2, 0.05), 0.15),
-        [(calibrated(0.031), calibrated(), (0.2, 0.05), 0.15),
-         (calibrated(), calibrated(), (0.2, 0.11), 0.15)],
+        (ECE, ECE | {"ECE": 0.5}, (0.2, 0.05), 0.15),
+        [(ECE | {"ECE": 0.031}, ECE, (0.2, 0.05), 0.15), (ECE, ECE, (0.2, 0.11), 0.15)],
         ["ECE is 0.020 +- 0.001", "the mixed PM's are 0.500", "0.200 +- 0.050", "ceiling 0.150"]),
     "elo": (
-        (leads(only_helpful=-9.0),),
-        [(leads(**{"initial, helpful": 1.9}),), (leads(**{"initial, red-team": 1.9}),),
-         (leads(**{"only, helpful": 2.1}),), (leads(**{"only, red-team": 1.9}),)],
+        ([LEADS, LEADS | {"only, helpful": -9.0}],),
+        [([LEADS, LEADS | {"initial, helpful": 1.9}],),
+         ([LEADS, LEADS | {"initial, red-team": 1.9}],),
+         ([LEADS, LEADS | {"only, helpful": 2.1}],), ([LEADS, LEADS | {"only, red-team": 1.9}],)],
         ["in each of n = 2 seeds"]),
-    "online": (
-        ([(110.0, 16.0), (35.0, 17.0)],),
-        [([(110.0, 16.0), (33.0, 17.0)],)],
-        ["110 +- 16, 35 +- 17", "n = 2"]),
+    "online": (([(110.0, 16.0), (35.0, 17.0)],), [([(110.0, 16.0), (33.0, 17.0)],)],
+               ["110 +- 16, 35 +- 17", "n = 2"]),
     "outliers": (
-        ([("toy", [0.8, 0.82], [0.9, 0.93]), ("small", [0.7, 0.7], [0.9, 0.9])], [5, 4], 6),
-        [([("toy", [0.8, 0.82], [0.9, 0.93]), ("small", [0.7, 0.7], [0.7, 0.8])], [5, 4], 6),
-         ([("small", [0.7, 0.7], [0.7, 0.8]), ("toy", [0.8, 0.82], [0.9, 0.93])], [5, 4], 6)],
+        ([OUTLIERS, ("small", [0.7, 0.7], [0.9, 0.9])], [5, 4], 6),
+        [([OUTLIERS, ("small", [0.7, 0.7], [0.7, 0.8])], [5, 4], 6),
+         ([("small", [0.7, 0.7], [0.7, 0.8]), OUTLIERS], [5, 4], 6)],
         ["0.810 and 0.915 (toy, gain 0.105 +- 0.005)", "5 cases of 6", "and in 4 after"]),
     "pm_scaling": (
         (scaling_fits(),),
         [(scaling_fits(r2=0.89),), (scaling_fits(b=-0.01),), (scaling_fits(c=-0.02),)],
         ["b = 0.010 and c = 0.020", "R^2 = 0.950", "0.100 on helpful and 0.200 on harmless"]),
     "pmp": (
-        (pmp_row(), pmp_row(0.0, 0.0), 3),
-        [(pmp_row(gain=0.039), pmp_row(), 3, PART),
-         (pmp_row(gain_binarized=-1.0), pmp_row(), 3, PART),
-         (pmp_row(0.039, 0.039), pmp_row(), 3)],
+        (PMP, PMP | {"gain": 0.0, "gain_binarized": 0.0}, 3),
+        [(PMP | {"gain": 0.039}, PMP, 3, PART), (PMP | {"gain_binarized": -1.0}, PMP, 3, PART),
+         (PMP | {"gain": 0.039, "gain_binarized": 0.039}, PMP, 3)],
         ["+0.050 +- 0.020 over no PMP", "by +0.000 +- 0.020 and"]),
-    "robustness": (
-        ([robustness_end(), robustness_end()],),
-        [([robustness_end(), robustness_end(gap=0.19)],), ([robustness_end(fall=0.1)],)],
-        ["in 2 of 2 runs", "errors in 2 of 2"]),
+    "robustness": (([END, END],), [([END, END | {"gap": 0.19}],), ([END | {"fall": 0.1}],)],
+                   ["in 2 of 2 runs", "errors in 2 of 2"]),
     "sqrt_kl": (
-        ([sqrt_kl_fit(), sqrt_kl_fit("small", 1.2), sqrt_kl_fit("small", 1.4)],),
-        [([sqrt_kl_fit(), sqrt_kl_fit(r2=0.94)],), ([sqrt_kl_fit(r2_in_kl=0.995)],),
-         ([sqrt_kl_fit(), sqrt_kl_fit("small", 1.4)],), ([sqrt_kl_fit(), sqrt_kl_fit("m", -1)],)],
+        ([FIT, SMALL | {"slope": 1.2}, SMALL],),
+        [([FIT, FIT | {"R2": 0.94}],), ([FIT | {"R2_in_KL": 0.995}],), ([FIT, SMALL],),
+         ([FIT, FIT | {"size": "m", "slope": -1}],)],
         ["at least 0.990", "in 3 runs", "in 3;", "1.30 times"]),
     "tension": (
         ((0.33, 0.03), (0.38, 0.02), {"small": 0.1, "toy": 0.05}, 10, 3),
@@ -124,8 +107,10 @@ VERDICTS = {
 }
 
 
-def test_every_finding_has_its_verdict_tested():
+def test_every_finding_has_its_verdict_tested_and_the_readme_names_every_script():
+    readme = (FOLDER / "README.md").read_text()
     assert sorted(VERDICTS) == FINDINGS
+    assert [name for name in SCRIPTS if f"experiments/{name}.py" not in readme] == []
 
 
 @pytest.mark.parametrize("name", VERDICTS)
@@ -134,64 +119,49 @@ def test_a_verdict_fails_as_soon_as_one_condition_does(name):
     good, bad, words = VERDICTS[name]
     outcome, sentence = verdict(*good)
     assert outcome == "HOLDS" and sentence.startswith("HOLDS: ")
-    for part in words:
-        assert part in sentence
+    assert [part for part in words if part not in sentence] == []
     for arguments in bad:
-        expected = NO
-        if arguments[-1] == PART:
-            *arguments, expected = arguments
-        outcome, sentence = verdict(*arguments)
+        expected = PART if arguments[-1] == PART else NO
+        outcome, sentence = verdict(*[value for value in arguments if value != PART])
         assert outcome == expected and sentence.startswith(expected), arguments
-
-
-def test_elo_says_what_failed_and_in_which_seed():
-    _, sentence = importlib.import_module("elo").verdict(leads(**{"only, red-team": 1.0}))
-    assert sentence.endswith("fails at: helpful-only below RLHF on red-team prompts (seed 7).")
+    if name == "elo":  # it says what failed, and in which seed
+        _, sentence = verdict([LEADS, LEADS | {"only, red-team": 1.0}])
+        assert sentence.endswith("fails at: helpful-only below RLHF on red-team prompts (seed 7).")
 
 
 # ---- 2. Numbers behind the verdicts ------------------------------------------
 
 
-def test_mean_and_standard_error_by_hand():
+def test_means_errors_and_selected_rows_by_hand():
     mean, se = output.mean_se([1.0, 2.0, 6.0])  # deviations -2, -1, 3: variance 14 / 2
     assert (mean, se) == pytest.approx((3.0, math.sqrt(7 / 3)))
     assert math.isnan(output.mean_se([1.0])[1])  # so that no threshold in errors is passed
-
-
-def test_select_wants_all_entries_and_rows_may_lack_some():
     rows = [{"a": 1, "b": 2}, {"a": 1}, {"a": 2, "b": 2}]
     assert output.select(rows, a=1, b=2) == rows[:1] and output.select(rows, b=2) == rows[::2]
 
 
-def test_interpolation_finds_the_first_crossing_on_a_path_that_turns():
+def test_where_a_path_crosses_and_where_it_leaves_its_line():
     interpolate = importlib.import_module("best_of_n").interpolate
-    xs, ys = [0.0, 2.0, 1.0, 4.0], [0.0, 1.0, 5.0, 8.0]
+    xs, ys = [0.0, 2.0, 1.0, 4.0], [0.0, 1.0, 5.0, 8.0]  # the first crossing on a path that turns
     assert interpolate(1.5, xs, ys) == pytest.approx(0.75)
     assert interpolate(3.0, xs, ys) == pytest.approx(7.0)
     assert math.isnan(interpolate(4.5, xs, ys))
-
-
-def test_where_a_score_leaves_its_line():
-    leaves = importlib.import_module("sqrt_kl").leaves
-    distance = [0.0, 1.0, 2.0, 3.0]
-    assert leaves(distance, [0.0, 1.0, 1.7, 2.0], slope=1.0, intercept=0.0) == 2.0
-    assert leaves(distance, [0.0, 0.5, 2.0, 2.0], slope=1.0, intercept=0.0) == 3.0  # it came back
-    assert math.isnan(leaves(distance, [0.0, 1.0, 2.1, 3.2], slope=1.0, intercept=0.0))
+    for scores, expected in (([0.0, 1.0, 1.7, 2.0], 2.0), ([0.0, 1.0, 2.1, 3.2], math.nan),
+                             ([0.0, 0.5, 2.0, 2.0], 3.0)):  # it came back before
+        found = importlib.import_module("sqrt_kl").leaves([0.0, 1.0, 2.0, 3.0], scores, 1.0, 0.0)
+        assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_fall_is_measured_on_other_prompts_than_its_peak():
     """The peak of `path` is point 1; on the judged prompts, the truth is highest at point 2."""
-    path = []
-    for i, truth in enumerate((0.0, 3.0, 2.0, 1.0)):
-        path.append({"iteration": i, "sqrt_kl": float(i), "truth": truth})
-    gains = torch.zeros(4, 3, 2)  # (points, train PM and test PM and truth, prompts)
+    truths, gains = [0.0, 3.0, 2.0, 1.0], torch.zeros(4, 3, 2)  # (points, PMs and truth, prompts)
+    path = [{"iteration": i, "sqrt_kl": float(i), "truth": t} for i, t in enumerate(truths)]
     gains[:, 2] = torch.tensor([[0.0, 0.0], [2.0, 4.0], [9.0, 9.0], [1.0, 1.0]])
     gains[3, 0], gains[3, 1] = torch.tensor([5.0, 7.0]), torch.tensor([4.0, 4.0])
     end = importlib.import_module("robustness").describe_end(path, gains)
-    assert end["peak_at"] == 1.0 and end["truth_peak"] == 3.0 and end["truth_end"] == 1.0
     # Paired differences: gaps 1 and 3, falls 1 and 3, so mean 2 and error sqrt(2) / sqrt(2).
-    for name in ("gap", "fall"):
-        assert (end[name], end[f"{name}_se"]) == pytest.approx((2.0, 1.0))
+    expected = dict(peak_at=1, truth_peak=3, truth_end=1, gap=2, gap_se=1, fall=2, fall_se=1)
+    assert {name: end[name] for name in expected} == pytest.approx(expected)
 
 
 def test_pmp_gains_are_taken_within_a_seed():
@@ -205,14 +175,12 @@ def test_pmp_gains_are_taken_within_a_seed():
 
 def test_outlier_errors_are_over_splits_and_the_best_detector_is_chosen_per_size():
     outliers, rows = importlib.import_module("outliers"), []
-    for size, layer, aurocs in (("toy", 0, (0.6, 0.8, 0.9)), ("toy", 1, (0.7, 0.9, 0.9)),
-                                ("small", 0, (1.0, 1.0, 1.0))):
-        for split, auroc in ((0, aurocs[0]), (0, aurocs[1]), (1, aurocs[2])):
-            rows.append({"size": size, "token": "last", "layer": layer, "method": "exposure",
-                         "M": 10, "split": split, "draw": 0, "auroc": auroc,
-                         "against_look_alikes": 0.5})
-    table = outliers.summarize(rows)
-    best = outliers.best(table, "toy", 10)
+    for size, layer, *aurocs in (("toy", 0, 0.6, 0.8, 0.9), ("toy", 1, 0.7, 0.9, 0.9),
+                                 ("small", 0, 1.0, 1.0, 1.0)):
+        for split, auroc in zip((0, 0, 1), aurocs):
+            rows.append(dict(size=size, token="last", layer=layer, method="exposure", M=10,
+                             split=split, draw=0, auroc=auroc, against_look_alikes=0.5))
+    best = outliers.best(outliers.summarize(rows), "toy", 10)
     assert best["layer"] == 1  # splits' means 0.8 and 0.9: 0.85 +- 0.05
     assert (best["AUROC"], best["+-"], best["look-alikes"]) == pytest.approx((0.85, 0.05, 0.5))
 
@@ -237,8 +205,7 @@ sys.path.insert(0, folder)
 import lab  # puts the repository on the path
 import output
 
-class Pyplot:
-    "Takes any call; x, y and errors of a curve must be of one length."
+class Pyplot:  # takes any call; x, y and errors of a curve must be of one length
     def __getattr__(self, name):
         def call(*values, **options):
             lengths = [len(v) for v in values if not isinstance(v, (str, int, float))]
@@ -290,8 +257,7 @@ def run(tiny_runs):
 def test_a_script_runs_and_draws_and_ends_with_its_verdict(tiny_runs, name):
     printed, where = tiny_runs
     assert printed[name].endswith("END\n"), printed[name][-2000:]
-    last = printed[name].splitlines()[-2]
-    assert last.startswith(("HOLDS", "DOES NOT HOLD")), last
+    assert printed[name].splitlines()[-2].startswith(("HOLDS", "DOES NOT HOLD"))
     with open(where / f"{name}.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) > 1
     assert not (where / f"out/experiments/{name}.csv").exists()  # would replace real results
@@ -310,41 +276,25 @@ def test_a_full_run_writes_its_rows_and_a_picture(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.splitlines()[-1].startswith("HOLDS: it does.")
 
 
-def test_the_readme_names_every_script():
-    readme = (FOLDER / "README.md").read_text()
-    missing = [name for name in SCRIPTS if f"experiments/{name}.py" not in readme]
-    assert not missing
-
-
-def parameters(pm):
-    return torch.cat([parameter.flatten() for parameter in pm.parameters()])
-
-
 def some_pairs(run):
     pairs = lab.comparisons(run, 24) + lab.comparisons(run, 24, "harmless")
     assert {pair.kind for pair in pairs} == {"helpful", "harmless"}
     return pairs
 
 
-def test_lambda_weighs_harmless_comparisons_only(run):
+def test_a_pm_in_memory_weighs_harmless_comparisons_by_lambda_and_leaves_no_trace(run):
     """At lambda = 0 it does not matter what the harmless labels say, and those are all it drops."""
-    pairs, swapped = some_pairs(run), []
+    pairs, swapped, files = some_pairs(run), [], sorted(run.out.rglob("*"))
     for pair in pairs:
         if pair.kind == "harmless":
             pair = dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
         swapped.append(pair)
-    without = parameters(lab.train_pm_on(run, pairs, weight=0.0))
-    assert torch.equal(without, parameters(lab.train_pm_on(run, swapped, weight=0.0)))
-    for weight in (1.0, 5.0):
-        assert not torch.equal(without, parameters(lab.train_pm_on(run, pairs, weight)))
-
-
-def test_a_pm_in_memory_leaves_no_trace_in_the_folder_or_in_its_start(run):
-    pairs, files = some_pairs(run), sorted(run.out.rglob("*"))
-    start = lab.train_pm_on(run, pairs)
-    before = parameters(start).clone()
-    assert not torch.equal(before, parameters(lab.train_pm_on(run, pairs, start=start)))
-    assert torch.equal(before, parameters(start))
+    start = lab.train_pm_on(run, pairs, weight=0.0)
+    before = flat(start.parameters())
+    assert torch.equal(before, flat(lab.train_pm_on(run, swapped, weight=0.0).parameters()))
+    for options in ({"weight": 1.0}, {"weight": 5.0}, {"weight": 0.0, "start": start}):
+        assert not torch.equal(before, flat(lab.train_pm_on(run, pairs, **options).parameters()))
+    assert torch.equal(before, flat(start.parameters()))
     assert sorted(run.out.rglob("*")) == files
 
 
@@ -359,6 +309,19 @@ def test_a_centered_pm_has_mean_zero_on_those_comparisons(run):
     assert (centered - (raw - raw.mean())).abs().max() < 1e-5
 
 
+def responses(run, policy, pm, prompts, n, name):
+    """(reply, its PM score alone and without pads) of the n replies to each prompt in turn."""
+    ids = []
+    for prompt in prompts:
+        ids += [run.tok.encode_dialogue(prompt)] * n
+    found, ro = [], lab.respond(run, policy, ids, name)
+    for k, response in enumerate(ro.responses()):
+        row = ids[k] + response + [run.tok.end_of_context]
+        score = score_rows(pm, [row])[0].item() - 1.0 * (not ro.finished[k])
+        found.append((run.tok.decode(response), score))
+    return found
+
+
 def test_judging_puts_each_reply_to_its_prompt(run, monkeypatch):
     """A tiny policy's replies are all about as bad, so the truth here is a hash of its input."""
     def truth(prompt: str, reply: str, kind: str) -> float:
@@ -370,36 +333,19 @@ def test_judging_puts_each_reply_to_its_prompt(run, monkeypatch):
     assert len(set(prompts.texts)) > 3
     judged = lab.judge(run, policy, [pm, pm], prompts, replies=2)  # (3, 6, 2)
     assert judged.shape == (3, 6, 2) and torch.equal(judged[0], judged[1])
-    ids = []
-    for prompt in prompts.ids:
-        ids += [prompt, prompt]
-    ro = lab.respond(run, policy, ids, "judge")
-    for k, response in enumerate(ro.responses()):
+    for k, (reply, score) in enumerate(responses(run, policy, pm, prompts.texts, 2, "judge")):
         i, j = divmod(k, 2)
-        expected = truth(prompts.texts[i], run.tok.decode(response), prompts.kinds[i])
-        assert judged[2, i, j].item() == expected
-        row = prompts.ids[i] + response + [run.tok.end_of_context]
-        expected = score_rows(pm, [row])[0].item() - 1.0 * (not ro.finished[k])
+        assert judged[2, i, j].item() == truth(prompts.texts[i], reply, prompts.kinds[i])
         # Alone or in a batch, a float32 score differs by rounding: 1e-4 is 1000 times epsilon.
-        assert judged[0, i, j].item() == pytest.approx(expected, abs=1e-4)
+        assert judged[0, i, j].item() == pytest.approx(score, abs=1e-4)
 
 
 def test_rejection_sampling_keeps_the_reply_that_scores_highest(run):
     pm, policy = lab.train_pm_on(run, some_pairs(run)), lab.load(run)
     prompts = lab.held_out_prompts(run, 5, "a test").texts
-    best = lab.best_of(run, policy, pm, prompts, n=4, name="a name")
-    ids = []
-    for prompt in prompts:
-        ids += [run.tok.encode_dialogue(prompt)] * 4
-    ro = lab.respond(run, policy, ids, "a name")
-    for i, prompt in enumerate(prompts):
-        options = []
-        for k in range(4 * i, 4 * i + 4):
-            response = ro.responses()[k]
-            row = ids[k] + response + [run.tok.end_of_context]
-            score = score_rows(pm, [row])[0].item() - 1.0 * (not ro.finished[k])
-            options.append((score, run.tok.decode(response)))
-        assert best[i] == max(options)[1]
+    options = responses(run, policy, pm, prompts, 4, "a name")
+    for i, reply in enumerate(lab.best_of(run, policy, pm, prompts, n=4, name="a name")):
+        assert reply == max(options[4 * i:4 * i + 4], key=lambda option: option[1])[0]
 
 
 def test_a_header_stands_before_the_prompt_and_names_seed_the_draw(run):
@@ -428,12 +374,12 @@ def test_crowd_elo_recovers_a_known_gap(players):
     """An honest "I do not know" is better than a wrong answer by 1 nat: 173.7 Elo."""
     rng, prompts, wrong = Random(1), [], []
     for _ in range(1200):
-        prompt = toy_corpus.draw_prompt(rng, "helpful", held_out=True)
-        request = toy.understand(prompt)
-        prompts.append(prompt)
+        prompts.append(toy_corpus.draw_prompt(rng, "helpful", held_out=True))
+        request = toy.understand(prompts[-1])
         wrong.append(" " + request.statement(request.wrong_answers()[0]))
-    replies = {"wrong": wrong, "honest": [" I do not know."] * len(prompts), "too": wrong}
-    replies = {name: replies[name] for name in list(replies)[:players]}
+    replies = {"wrong": wrong, "honest": [" I do not know."] * len(prompts)}
+    if players == 3:
+        replies["too"] = wrong
     run = SimpleNamespace(rng=lambda *name: Random(2))
     elo, covariance = lab.crowd_elo(run, prompts, "helpful", replies)
     assert elo["wrong"] == 0 and abs(elo["honest"] - ELO) < 3 * elo_error(covariance, 0, 1)
@@ -450,11 +396,11 @@ def test_exercises_are_held_out_and_have_the_right_answer(run):
             assert other.text.endswith(" " + one.text) and other.right == one.right
     for exercise in found["state zero"]:
         assert (exercise.text + exercise.right[0]).lower() in toy._STATEMENTS
+    questions = {exercise.text for exercise in found["answer zero"]}
     for exercise in found["answer zero"]:
         assert toy_corpus.is_held_out([exercise.text])
         for right in exercise.right:
             assert toy.judge(f"\n\nHuman: {exercise.text}\n\nAssistant:", right).correct
-    questions = {exercise.text for exercise in found["answer zero"]}
     for exercise in found["judge zero"]:
         [question] = [q for q in questions if exercise.text.startswith(q)]
         reply = exercise.text.removeprefix(question)

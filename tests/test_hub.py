@@ -1,5 +1,4 @@
 """Tests of hub.py. The only server is this process, on 127.0.0.1."""
-import copy
 import gzip
 import hashlib
 import json
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 
 import hub
 from data import Tokenizer, load_comparisons, train_bpe
+from helpers import doubled, exact_logits, shaken
 from model import GPT, GPTConfig
 from test_weights import refused, stored
 from weights import read_safetensors
@@ -27,15 +27,13 @@ N_VOCAB = 320
 
 def theirs(layers=L, D=D) -> dict[str, torch.Tensor]:
     """Random weights under transformers' names, in the order and layout of GPT-2's own file."""
-    block = {"ln_1.weight": [D], "ln_1.bias": [D],
-             "attn.c_attn.weight": [D, 3 * D], "attn.c_attn.bias": [3 * D],
-             "attn.c_proj.weight": [D, D], "attn.c_proj.bias": [D],
-             "ln_2.weight": [D], "ln_2.bias": [D],
-             "mlp.c_fc.weight": [D, 4 * D], "mlp.c_fc.bias": [4 * D],
-             "mlp.c_proj.weight": [4 * D, D], "mlp.c_proj.bias": [D]}
+    matrices = {"attn.c_attn": [D, 3 * D], "attn.c_proj": [D, D],
+                "mlp.c_fc": [D, 4 * D], "mlp.c_proj": [4 * D, D]}
     shapes = {"wte.weight": [V, D], "wpe.weight": [C, D]}
     for i in range(layers):
-        shapes |= {f"h.{i}.{name}": shape for name, shape in block.items()}
+        for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+            shape = matrices.get(name, [D])
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
     shapes |= {"ln_f.weight": [D], "ln_f.bias": [D]}
     g = torch.Generator().manual_seed(0)
     return {name: 0.1 * torch.randn(shape, generator=g) + (".weight" in name and len(shape) == 1)
@@ -72,8 +70,7 @@ IDS = [5, 299, 0, 7, 7, 31, 250, 1, 2, 3, 17, 100]
 @torch.no_grad()
 def logits(gpt, ids=IDS):
     """-> (T, V), in float64, of a copy: `gpt` stays as it is."""
-    gpt = copy.deepcopy(gpt).double()
-    return gpt(torch.tensor([ids]))[0] @ gpt.embed.weight.T
+    return exact_logits(doubled(gpt), ids)
 
 
 def same_function(gpt, w: dict, n_head: int, ids=IDS) -> bool:
@@ -86,6 +83,7 @@ def folder(tmp_path):
     """-> a function that writes a checkpoint and returns its folder."""
     def write(w: dict, pad=0, **config):
         (tmp_path / "model.safetensors").write_bytes(stored(w, pad))
+        (tmp_path / "config.json").unlink(missing_ok=True)
         if config:
             (tmp_path / "config.json").write_text(json.dumps(config))
         return tmp_path
@@ -108,14 +106,14 @@ def test_gpt2_gives_the_logits_of_a_reference(folder, pad, n_head):
 def test_prefix_buffers_and_a_tied_head_change_nothing(folder):
     w = theirs()
     plain = logits(hub.load_gpt2(folder(w), N_VOCAB))
+    head = {"lm_head.weight": w["wte.weight"].clone()}
     w |= {f"h.{i}.attn.bias": torch.ones(1, 1, C, C, dtype=torch.uint8) for i in range(L)}
-    w |= {"h.0.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": w["wte.weight"].clone()}
-    assert torch.equal(logits(hub.load_gpt2(folder(w), N_VOCAB)), plain)
-    head = w.pop("lm_head.weight")
-    prefixed = {"transformer." + name: t for name, t in w.items()} | {"lm_head.weight": head}
-    assert torch.equal(logits(hub.load_gpt2(folder(prefixed), N_VOCAB)), plain)
+    w |= {"h.0.attn.masked_bias": torch.tensor(-1e4)}
+    prefixed = {"transformer." + name: t for name, t in w.items()}
+    for tensors in (w | head, prefixed | head):
+        assert torch.equal(logits(hub.load_gpt2(folder(tensors), N_VOCAB)), plain)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        w = {name: t.to(dtype) for name, t in prefixed.items()}
+        w = {name: t.to(dtype) for name, t in (prefixed | head).items()}
         torch.save(w, folder({}) / "m.bin")
         gpt = hub.load_gpt2(folder({}) / "m.bin", N_VOCAB)
         assert {p.dtype for p in gpt.parameters()} == {torch.float32} and same_function(gpt, w, 2)
@@ -148,50 +146,42 @@ def test_a_missing_tensor_and_one_of_another_shape_are_named(folder):
 
 
 W = theirs()
-NAN = torch.tensor([math.nan])
+NAN, EMBED, BIAS = torch.tensor([math.nan]), W["wte.weight"], W["ln_f.bias"]
 
 
-def last_is(value: float, name: str) -> dict:
-    """A change: the last number of the tensor `name` becomes `value`."""
-    changed = W[name].clone()
-    changed.view(-1)[-1] = value
-    return {name: changed}
+@pytest.mark.parametrize("name, tensor, why", [
+    ("score.weight", NAN, "'score.weight' is not part"), ("x" * 5000, NAN, "x" * 60),
+    ("h.0.attn.c_attn.scale", NAN, "c_attn.scale"), ("h.0.attn.bias2", NAN, "bias2"),
+    ("h.99999999999999.ln_1.weight", NAN, "h.2.ln_1.weight is missing"),  # costs nothing
+    ("h.1.mlp.c_fc.weight", torch.ones(4 * D, D), "c_fc.weight has the shape"),  # nn.Linear
+    ("wte.weight", torch.ones(V), "wte.weight has the shape [300]; a non-empty matrix was"),
+    ("wte.weight", torch.ones(V, 0), "wte.weight has the shape [300, 0]; a non-empty"),
+    ("wte.weight", torch.ones(0, D), "has the shape"), ("wpe.weight", EMBED[None], "the shape"),
+    ("wpe.weight", torch.ones(C, 64), "wpe.weight has the shape"),
+    ("wte.weight", EMBED.int(), "wte.weight is of torch.int32"),
+    ("h.1.mlp.c_fc.bias", torch.ones(4 * D).int(), "c_fc.bias is of torch.int32"),
+    ("wte.weight", torch.cat([EMBED[1:], NAN.expand(1, D)]), "wte.weight holds numbers that are"),
+    ("ln_f.bias", torch.cat([BIAS[1:], torch.tensor([-math.inf])]), "not finite in float32"),
+    ("ln_f.bias", BIAS.double() * 1e300, "not finite in float32"),
+    ("lm_head.weight", EMBED + 1e-6, "lm_head.weight differs"),
+    ("lm_head.weight", EMBED.double(), "lm_head.weight differs"),
+    ("transformer.ln_f.bias", torch.zeros(D), "'ln_f.bias' occurs twice")])
+def test_tensors_that_are_no_gpt2_of_ours_are_refused(folder, name, tensor, why):
+    message = refused(hub.load_gpt2, folder(W | {name: tensor}), N_VOCAB)
+    assert " is not a GPT-2 for this project: " in message and why in message
 
 
-@pytest.mark.parametrize("change, config, why", [
-    ({"score.weight": NAN}, {}, "'score.weight' is not part"), ({"x" * 5000: NAN}, {}, "x" * 60),
-    ({"h.0.attn.c_attn.scale": NAN}, {}, "c_attn.scale"), ({"h.0.attn.bias2": NAN}, {}, "bias2"),
-    ({"h.99999999999999.ln_1.weight": NAN}, {}, "h.2.ln_1.weight is missing"),  # costs nothing
-    ({"h.1.mlp.c_fc.weight": torch.ones(4 * D, D)}, {}, "c_fc.weight has the shape"),  # nn.Linear
-    ({"wte.weight": torch.ones(V)}, {}, "wte.weight has the shape [300]; a non-empty matrix was"),
-    ({"wte.weight": torch.ones(V, 0)}, {}, "wte.weight has the shape [300, 0]; a non-empty"),
-    ({"wte.weight": torch.ones(0, D)}, {}, "wte.weight has the shape"),
-    ({"wpe.weight": torch.ones(C, D, 1)}, {}, "wpe.weight has the shape"),
-    ({"wpe.weight": torch.ones(C, 64)}, {}, "wpe.weight has the shape"),
-    ({"wte.weight": torch.ones(V, D).int()}, {}, "wte.weight is of torch.int32"),
-    ({"h.1.mlp.c_fc.bias": torch.ones(4 * D).int()}, {}, "c_fc.bias is of torch.int32"),
-    (last_is(math.nan, "wte.weight"), {}, "wte.weight holds numbers that are not finite"),
-    (last_is(math.inf, "wpe.weight"), {}, "wpe.weight holds numbers that are not finite"),
-    (last_is(-math.inf, "h.0.attn.c_attn.weight"), {}, "c_attn.weight holds numbers that are not"),
-    ({"ln_f.bias": W["ln_f.bias"].double() * 1e300}, {}, "not finite in float32"),
-    ({"lm_head.weight": W["wte.weight"] + 1e-6}, {}, "lm_head.weight differs"),
-    ({"lm_head.weight": torch.ones(2)}, {}, "lm_head.weight differs"),
-    ({"lm_head.weight": W["wte.weight"].double()}, {}, "lm_head.weight differs"),
-    ({"transformer.ln_f.bias": torch.zeros(D)}, {}, "'ln_f.bias' occurs twice"),
-    ({}, {"n_head": 3}, "3 heads"), ({}, {"n_head": 0}, "0 heads"), ({}, {"n_head": -2}, "-2 h"),
-    ({}, {"n_head": "2"}, "2 heads"), ({}, {"n_head": True}, "True heads"),
-    ({}, {"activation_function": "relu"}, "activation_function 'relu'"),
-    ({}, {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
-    ({}, {"scale_attn_weights": False}, "scale_attn_weights"),
-    ({}, {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
-    ({}, {"tie_word_embeddings": False}, "tie_word_embeddings")])
-def test_what_is_no_gpt2_of_ours_is_refused(folder, change, config, why):
-    at = folder(W | change, **config)
-    message = refused(hub.load_gpt2, at, N_VOCAB)
-    assert f"{at} is not a GPT-2 for this project: " in message and why in message
-
-
-def test_configs_that_are_not_there_or_not_readable(folder):
+def test_configs_of_other_models_are_refused(folder):
+    for option, value, why in (
+            ("n_head", 3, "3 heads"), ("n_head", 0, "0 heads"), ("n_head", -2, "-2 heads"),
+            ("n_head", "2", "2 heads"), ("n_head", True, "True heads"),
+            ("activation_function", "relu", "activation_function 'relu'"),
+            ("layer_norm_epsilon", 1e-6, ""), ("scale_attn_weights", False, ""),
+            ("scale_attn_by_inverse_layer_idx", True, ""), ("tie_word_embeddings", False, "")):
+        at = folder(W, **{option: value})
+        message = refused(hub.load_gpt2, at, N_VOCAB)
+        assert f"{at} is not a GPT-2 for this project: " in message
+        assert option in message and why in message
     w = theirs(D=48)
     assert "width of 48" in refused(hub.load_gpt2, folder(w), N_VOCAB)  # no multiple of 64
     assert hub.load_gpt2(folder(w, n_head=3), N_VOCAB).cfg.n_head == 3
@@ -231,41 +221,35 @@ def tok() -> Tokenizer:
     return train_bpe([dialogue] * 3 + ["the cat sat on the mat, then the rat sat there"] * 5, 300)
 
 
-def small(n_vocab: int, seed=0, n_head=4) -> GPT:
-    torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(L, n_head, D, n_vocab, C)).eval()
-    for p in gpt.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return gpt
+def small(n_vocab: int, seed=0) -> GPT:
+    return shaken(GPT(GPTConfig(L, 4, D, n_vocab, C)), seed).eval()
 
 
 def test_export_writes_what_transformers_and_we_read(tmp_path, tok):
+    at = tmp_path / "out"
     for seed in (0, 1):  # an earlier export is replaced
         gpt, ids = small(tok.n_vocab, seed), [i % tok.n_vocab for i in IDS]
-        hub.export_gpt2(gpt, tmp_path / "out", tok)
-        back = hub.load_gpt2(tmp_path / "out", tok.n_vocab)
+        hub.export_gpt2(gpt, at, tok)
+        back = hub.load_gpt2(at, tok.n_vocab)
         assert back.cfg == gpt.cfg and back.state_dict().keys() == gpt.state_dict().keys()
         for name, t in gpt.state_dict().items():
             assert torch.equal(back.state_dict()[name], t), name
-    w = read_safetensors(tmp_path / "out" / "model.safetensors")
+    w = read_safetensors(at / "model.safetensors")
     assert list(w) == ["transformer." + name for name in W] and same_function(gpt, w, 4, ids)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((at / "config.json").read_text())
     expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": C,
                 "vocab_size": tok.n_vocab, "n_embd": D, "n_layer": L, "n_head": 4,
                 "bos_token_id": tok.end_of_turn, "eos_token_id": tok.end_of_turn,
                 "tie_word_embeddings": True, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
     assert config == config | expected
-    assert sorted(os.listdir(tmp_path / "out")) == [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-
-
-def test_export_leaves_other_folders_alone(tmp_path, tok):
+    assert {file.name for file in at.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    # Other folders are left alone.
     for text in ("[]", "{", '{"run": {"seed": 0}}'):  # the last is a run's
         (tmp_path / "config.json").write_text(text)
-        assert "folder of its own" in refused(hub.export_gpt2, small(tok.n_vocab), tmp_path, tok)
-    assert os.listdir(tmp_path) == ["config.json"]
-    below_a_file = tmp_path / "config.json" / "out"
-    assert "cannot write" in refused(hub.export_gpt2, small(tok.n_vocab), below_a_file, tok)
+        assert "folder of its own" in refused(hub.export_gpt2, gpt, tmp_path, tok)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "out"]
+    assert "cannot write" in refused(hub.export_gpt2, gpt, tmp_path / "config.json" / "out", tok)
 
 
 TEXTS = ["", " ", "\n\nHuman: What's 12 plus 7?\n\nAssistant: 19!", "the cat's mat  \n\n  x",
@@ -328,19 +312,18 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, mood = self.server, self.server.mood
         server.asked.append(self.path)
-        if self.path not in server.files:
+        data = server.files.get(self.path.removesuffix("?there"))
+        if data is None:
             return self.send_error(404)
-        if mood == "moved" and not self.path.endswith("?there"):
-            server.files[self.path + "?there"] = server.files[self.path]
-            self.send_response(302)
+        moved = mood == "moved" and not self.path.endswith("?there")
+        self.send_response(302 if moved else 200)
+        if moved:
             self.send_header("Location", self.path + "?there")
-            return self.end_headers()
-        data = server.files[self.path]
-        self.send_response(200)
-        if mood != "no length":
+        elif mood != "no length":
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[:len(data) // 2] if mood in ("cut", "silent") else data)
+        if not moved:
+            self.wfile.write(data[:len(data) // 2] if mood in ("cut", "silent") else data)
         if mood == "silent":
             self.wfile.flush()
             server.end.wait(10)
@@ -369,8 +352,6 @@ def server(monkeypatch, tmp_path):
 
 
 NOBODY = "http://127.0.0.1:1"  # no server is there
-
-
 CONTENT = bytes(range(256)) * 400
 
 
@@ -398,6 +379,10 @@ def test_fetches_a_file_once(server, tmp_path, capsys, mood):
     ("", "{server}/a.bin", {"check": hub.check_json}, "Expecting value")])
 def test_a_failed_download_says_why_and_leaves_nothing(
         server, tmp_path, monkeypatch, mood, url, options, why):
+    def interrupted(path):
+        (path.parent / "partial").write_bytes(b"half")
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(hub, "TIMEOUT", 0.2 if mood == "silent" else 30)
     timeout, file = socket.getdefaulttimeout(), tmp_path / "empty" / "a.bin"
     server.files["/a.bin"], server.mood = CONTENT, mood
@@ -405,43 +390,30 @@ def test_a_failed_download_says_why_and_leaves_nothing(
     message = refused(hub.fetch, url, file, **options)
     assert why in message and f"a.bin from {url}" in message and f"put it at {file}" in message
     assert os.listdir(file.parent) == [] and socket.getdefaulttimeout() == timeout
-    server.mood = ""  # and again, when the network is back
+    server.mood = ""  # and again, when the network is back, but with a Ctrl-C first
     monkeypatch.setattr(hub, "TIMEOUT", 30)
+    with pytest.raises(KeyboardInterrupt):
+        hub.fetch(server.url + "/a.bin", file, check=interrupted)
+    assert os.listdir(file.parent) == []
     assert hub.fetch(server.url + "/a.bin", file).read_bytes() == CONTENT
 
 
-def test_an_interrupted_download_leaves_nothing(server, tmp_path):
-    def interrupted(path):
-        (path.parent / "partial").write_bytes(b"half")
-        raise KeyboardInterrupt
-    server.files["/a.bin"] = CONTENT
-    with pytest.raises(KeyboardInterrupt):
-        hub.fetch(server.url + "/a.bin", tmp_path / "empty" / "a.bin", check=interrupted)
-    assert os.listdir(tmp_path / "empty") == []
-
-
-def test_gpt2_is_downloaded_once_and_loads(server):
-    base = "/openai-community/gpt2-medium/resolve/main/"
-    server.files = {base + "model.safetensors": stored(W), base + "config.json": b'{"n_head": 4}'}
-    at = hub.gpt2_weights("gpt2-medium")
-    assert at == hub.cache() / "gpt2-medium" and set(server.asked) == set(server.files)
+def test_gpt2_is_downloaded_once_and_what_is_no_gpt2_is_not_kept(server):
+    base, at = "/openai-community/gpt2-medium/resolve/main/", hub.cache() / "gpt2-medium"
+    server.files = {base + "model.safetensors": b"<html>log in</html>", base + "config.json": b"{"}
+    assert "config.json" in refused(hub.gpt2_weights, "gpt2-medium") and os.listdir(at) == []
+    server.files[base + "config.json"] = b'{"n_head": 4}'
+    message = refused(hub.gpt2_weights, "gpt2-medium")
+    assert f"put it at {at / 'model.safetensors'}" in message and os.listdir(at) == ["config.json"]
+    server.files[base + "model.safetensors"] = stored(W)
+    server.asked.clear()
+    assert hub.gpt2_weights("gpt2-medium") == at
+    assert set(server.asked) == {base + "model.safetensors"}  # what is missing, and no more
     assert same_function(hub.load_gpt2(at, N_VOCAB), W, 4)
     server.asked.clear()
     assert hub.gpt2_weights("gpt2-medium") == at and hub.gpt2_weights(str(at)) == at
     assert server.asked == []
-    (at / "config.json").unlink()  # what is missing is fetched, and no more
-    hub.gpt2_weights("gpt2-medium")
-    assert set(server.asked) == {base + "config.json"}
     assert "none of gpt2, gpt2-medium" in refused(hub.gpt2_weights, "gpt3")
-
-
-def test_gpt2_downloads_that_are_no_weights_are_not_kept(server):
-    base, at = "/openai-community/gpt2/resolve/main/", hub.cache() / "gpt2"
-    server.files = {base + "model.safetensors": b"<html>log in</html>", base + "config.json": b"{"}
-    assert "config.json" in refused(hub.gpt2_weights, "gpt2") and os.listdir(at) == []
-    server.files[base + "config.json"] = b"{}"
-    message = refused(hub.gpt2_weights, "gpt2")
-    assert f"put it at {at / 'model.safetensors'}" in message and os.listdir(at) == ["config.json"]
 
 
 def rows(n: int) -> bytes:
@@ -456,6 +428,8 @@ RELEASE = "/datasets/Anthropic/hh-rlhf/resolve/main/"
 @pytest.fixture
 def release(server, monkeypatch):
     """A server with a small HH-RLHF."""
+    # Sums that are published apart from the counts of the parts.
+    assert [sum(counts) for counts in zip(*hub.HH_ROWS.values())] == [160_800, 8_552]
     monkeypatch.setattr(hub, "HH_ROWS", {"harmless-base": (5, 2), "helpful-base": (4, 3)})
     for subset, (n_train, n_test) in hub.HH_ROWS.items():
         server.files[f"{RELEASE}{subset}/train.jsonl.gz"] = rows(n_train)
@@ -463,22 +437,18 @@ def release(server, monkeypatch):
     return server
 
 
-def test_hh_rlhf_is_downloaded_once_and_loads(release, tmp_path):
+def test_hh_rlhf_is_downloaded_once_and_loads(release):
     at = hub.resolve_data("hh-rlhf")
     assert at == hub.cache() / "hh-rlhf" and set(release.asked) == set(release.files)
     test, counters = load_comparisons(at, "test")
     assert len(load_comparisons(at, "train")[0]) == 9 and len(test) == 5 and len(counters) == 2
+    for subset in ("helpful-base", "harmless-base"):
+        (at / subset / "test.jsonl.gz").unlink()
+    (at / "helpful-base" / "test.jsonl").touch()  # a file that is there unpacked is not fetched
     release.asked.clear()
-    assert hub.resolve_data("hh-rlhf") == at and release.asked == []
-    (at / "helpful-base" / "test.jsonl.gz").unlink()
-    hub.resolve_data("hh-rlhf")
-    assert set(release.asked) == {RELEASE + "helpful-base/test.jsonl.gz"}
-    # A file that is there unpacked is not fetched.
-    release.asked.clear()
-    (tmp_path / "helpful-base").mkdir()
-    (tmp_path / "helpful-base" / "train.jsonl").write_bytes(gzip.decompress(rows(1)))
-    hub.hh_rlhf(tmp_path)
-    assert set(release.asked) == set(release.files) - {RELEASE + "helpful-base/train.jsonl.gz"}
+    for _ in range(2):
+        assert hub.resolve_data("hh-rlhf") == at
+        assert set(release.asked) == {RELEASE + "harmless-base/test.jsonl.gz"}
 
 
 @pytest.mark.parametrize("content, why", [
@@ -511,8 +481,3 @@ def test_a_copy_that_is_there_is_used(release, monkeypatch, tmp_path):
         assert hub.resolve_data("hh-rlhf").resolve() == here / folder
     assert "no such file or folder" in refused(hub.resolve_data, "hh-rhlf")
     assert release.asked == []
-
-
-def test_the_published_counts():
-    """Sums that are published apart from the counts of the parts."""
-    assert [sum(counts) for counts in zip(*hub.HH_ROWS.values())] == [160_800, 8_552]

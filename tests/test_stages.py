@@ -1,22 +1,23 @@
 """Tests of what train_lm.py and train_pm.py compute: losses, distillation, PM pretraining, the PM.
 
-Equality is tested in float64. test_commands.py runs the same files as a user does."""
-import copy
+Equality is tested in float64. test_pm.py has the ranking loss and `fit`, and test_commands.py runs
+the same files as a user does."""
 import json
 import math
 import random
+import shutil
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import model
 import toy
 import toy_corpus
 import train_lm
 import train_pm
 from data import ASSISTANT, HUMAN, Comparison, encode_comparison
+from helpers import doubled, exact_logits, max_difference, shaken
 from model import GPT, SIZES, GPTConfig
 from pipeline import Run, RunConfig
 from run import UserError, load, save
@@ -27,25 +28,18 @@ V, D = 70, 24
 PROMPT = [5, 9, 9, 31, 2]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # another number of threads adds floats in another order
-    monkeypatch.setattr(train_lm, "behavior", partial(train_lm.behavior, n=12))
-    monkeypatch.setitem(SIZES, "toy", GPTConfig(2, 2, 64, context=192))
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lm, "behavior", partial(train_lm.behavior, n=12))
+        patch.setitem(SIZES, "toy", GPTConfig(2, 2, 64, context=192))
+        yield
 
 
-def random_gpt(seed: int, scale=3.0, **shape) -> GPT:
-    """Float64. Weights so large that all positions and tokens matter; biases are random, too."""
+def random_gpt(seed: int) -> GPT:
+    """In float64, with weights so large that all positions and tokens matter."""
     torch.manual_seed(seed)
-    shape = dict(n_layer=2, n_head=2, d_model=D, vocab_size=V, context=64) | shape
-    gpt = GPT(GPTConfig(**shape)).double()
-    with torch.no_grad():
-        for p in gpt.parameters():
-            p.mul_(scale) if p.dim() == 2 else p.add_(0.3 * torch.randn_like(p))
-    return gpt
+    return doubled(shaken(GPT(GPTConfig(2, 2, D, vocab_size=V, context=64)), seed, size=4))
 
 
 def random_rows(n: int, seed: int, longest=20) -> list[list[int]]:
@@ -67,32 +61,27 @@ def close(a, b, tolerance=1e-9) -> bool:
     return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
 
 
-def gradients(net) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-    net.zero_grad(set_to_none=True)
-    return found
+def record(monkeypatch, owner, name: str) -> list[tuple]:
+    """The arguments of each call of a function from here on."""
+    calls, function = [], getattr(owner, name)
 
-
-def assert_close(one: dict, two: dict):
-    """Two sets of gradients in float64, compared to the size of all of them together."""
-    assert one.keys() == two.keys() and one
-    size = max(g.abs().max() for g in one.values())
-    assert size > 0 and size.dtype == torch.float64
-    for name in one:
-        assert (one[name] - two[name]).abs().max() <= 1e-9 * size, name
+    def recorded(*args):
+        calls.append(args)
+        return function(*args)
+    monkeypatch.setattr(owner, name, recorded)
+    return calls
 
 
 # ---- 1. The language model's loss --------------------------------------------
 
 
 def test_lm_loss_by_hand(student):
-    """Row by row, token by token, with neither pads nor batches; a sum, and a mean in held_out."""
-    rows = [*random_rows(5, 0), [3, 3], [8] * 30]
-    expected = 0.0
+    """Row by row, with neither pads nor batches; a sum, and a mean in mean_loss."""
+    rows, expected = [*random_rows(5, 0), [3, 3], [8] * 30], 0.0
     for row in rows:
+        logp = F.log_softmax(exact_logits(student, row), -1)
         for t in range(1, len(row)):
-            logits = student.logits(student(torch.tensor([row[:t]]))[0, -1])
-            expected -= F.log_softmax(logits, -1)[row[t]].item()
+            expected -= logp[t - 1, row[t]].item()
     n = sum(len(row) - 1 for row in rows)
     assert close(lm_loss(student, rows, "cpu").item(), expected) and n == train_lm.n_targets(rows)
     assert close(train_lm.mean_loss(student, rows, "cpu"), expected / n)
@@ -150,36 +139,21 @@ def test_a_rest_that_is_all_but_nothing_keeps_its_digits(student, teacher):
     assert found.isfinite().all() and close(found, torch.tensor(exact), 1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7, 40])
-def test_chunks_change_neither_the_kl_nor_its_gradient(student, teacher, monkeypatch, rows):
-    h, th = states(40)
-    h.requires_grad_(True)
-    weight, most, logits = torch.linspace(-1, 2, 40), [], GPT.logits
-    whole = top_kl(student, h, teacher, th, 5)
-    (whole * weight).sum().backward()
-    expected = gradients(student) | {"h": h.grad.clone()}
-    h.grad = None
-
-    def counted(self, x):
-        most.append(len(x))
-        return logits(self, x)
-    monkeypatch.setattr(GPT, "logits", counted)
-    chunked = top_kl(student, h, teacher, th, 5, max_logits=rows * V)
-    (chunked * weight).sum().backward()
-    assert max(most) == rows and close(chunked, whole)  # also in the backward pass
-    assert_close(expected, gradients(student) | {"h": h.grad})
-
-
-def test_the_gradient_is_that_of_the_definition_and_reaches_the_student_alone(student, teacher):
-    """Against autograd on the formula over all tokens, grouped by a matrix of ones and zeros."""
+@pytest.mark.parametrize("rows", [1, 5, 12])
+def test_the_gradient_is_that_of_the_definition_in_any_chunks(student, teacher, monkeypatch, rows):
+    """Against autograd on the formula over all tokens, grouped by a matrix of ones and zeros. No
+    chunk is larger than allowed, also in the backward pass."""
     teacher.requires_grad_(True)
-    h, th = states(12)
-    h.requires_grad_(True), th.requires_grad_(True)
-    top_kl(student, h, teacher, th, 4).sum().backward()
-    assert th.grad is None and not gradients(teacher)
-    x = h.detach().requires_grad_(True)
+    h, th = states(12).unbind()
+    h.requires_grad_(True)
+    th.requires_grad_(True)
+    chunks = record(monkeypatch, GPT, "logits")
+    top_kl(student, h, teacher, th, 4, max_logits=rows * V + 1).sum().backward()
+    assert max(len(hidden) for _, hidden in chunks) == rows
+    assert th.grad is None and all(p.grad is None for p in teacher.parameters())
+    x, weight = h.detach().requires_grad_(True), student.embed.weight.detach().requires_grad_(True)
     p = torch.softmax(th.detach() @ teacher.embed.weight.detach().T, 1)
-    q = torch.softmax(x @ student.embed.weight.detach().T, 1)
+    q = torch.softmax(x @ weight.T, 1)
     loss = 0.0
     for a, b in zip(p, q):
         group = torch.zeros(5, V, dtype=torch.float64)
@@ -187,12 +161,7 @@ def test_the_gradient_is_that_of_the_definition_and_reaches_the_student_alone(st
         group[4] = 1 - group[:4].sum(0)
         loss = loss + ((group @ a) * ((group @ a).log() - (group @ b).log())).sum()
     loss.backward()
-    assert close(h.grad, x.grad)
-    student.zero_grad(set_to_none=True)
-    distillation_loss(student, teacher, PROMPT, random_rows(4, 0), 5, "cpu").backward()
-    found = gradients(student)
-    assert not gradients(teacher) and len(found) == len(list(student.parameters()))
-    assert all(g.abs().sum() > 0 for g in found.values())
+    assert close(h.grad, x.grad) and close(student.embed.weight.grad, weight.grad)
 
 
 # ---- 3. The distillation loss: who reads what --------------------------------
@@ -213,25 +182,16 @@ def kl_by_hand(student: GPT, teacher: GPT, prompt: list[int], rows, top: int) ->
 @pytest.mark.parametrize("top", [3, V])
 @pytest.mark.parametrize("rows", [random_rows(6, 5), [[1, 2], [3] * 30]])
 def test_the_teacher_reads_the_prompt_and_the_student_does_not(student, teacher, rows, top):
-    loss = distillation_loss(student, teacher, PROMPT, rows, top, "cpu").item()
-    assert close(loss, kl_by_hand(student, teacher, PROMPT, rows, top))
+    loss = distillation_loss(student, teacher, PROMPT, rows, top, "cpu")
+    assert close(loss.item(), kl_by_hand(student, teacher, PROMPT, rows, top))
     mean = train_lm.mean_kl(student, teacher, PROMPT, rows, top, "cpu")
-    assert close(mean * sum(len(row) - 1 for row in rows), loss)
+    assert close(mean * sum(len(row) - 1 for row in rows), loss.item())
     # The numbers would tell a prompt that is off by one token, and one that is not read at all.
     for other in (PROMPT[1:], []):
-        assert abs(loss - kl_by_hand(student, teacher, other, rows, top)) > 1e-3 * loss
-
-
-def test_pads_do_not_matter(student, teacher):
-    """Loss and gradient of a batch are the sums of its rows' own."""
-    rows = [*random_rows(5, 6, longest=9), [7, 4], [8] * 40]
-    for loss in (partial(distillation_loss, student, teacher, PROMPT, top=5, device="cpu"),
-                 partial(lm_loss, student, device="cpu")):
-        loss(rows=rows).backward()
-        batch = gradients(student)
-        for row in rows:
-            loss(rows=[row]).backward()
-        assert_close(batch, gradients(student))
+        difference = loss.item() - kl_by_hand(student, teacher, other, rows, top)
+        assert abs(difference) > 1e-3 * loss.item()
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in student.parameters())
 
 
 # ---- 4. Small runs of the stages ---------------------------------------------
@@ -242,29 +202,17 @@ def with_lm(tmp_path_factory):
     """The folder of a small LM. Nothing may write into it: take a copy. It is trained (seconds),
     because an untrained one tells no header from another and has nothing to distill."""
     out = tmp_path_factory.mktemp("lm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "toy", GPTConfig(2, 2, 64, context=192))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        cfg = LMConfig(documents=700, vocab=400, step_tokens=256)
-        train_lm.train(Run(RunConfig(out=str(out), device="cpu")), cfg)
-        torch.set_num_threads(threads)
+    cfg = LMConfig(documents=700, vocab=400, step_tokens=256)
+    train_lm.train(Run(RunConfig(out=str(out), device="cpu")), cfg)
     return out
-
-
-def again(source, out, **options) -> Run:
-    """A Run in a copy of a folder that holds an LM."""
-    out.mkdir()
-    for name in ("lm.pt", "tokenizer.json", "config.json"):
-        (out / name).write_bytes((source / name).read_bytes())
-    run = Run(RunConfig(out=str(out), device="cpu", **options))
-    run.load_tokenizer()
-    return run
 
 
 @pytest.fixture
 def run(with_lm, tmp_path) -> Run:
-    return again(with_lm, tmp_path / "out")
+    shutil.copytree(with_lm, tmp_path / "out")
+    run = Run(RunConfig(out=str(tmp_path / "out"), device="cpu"))
+    run.load_tokenizer()
+    return run
 
 
 def last_line(run: Run) -> dict:
@@ -281,95 +229,76 @@ def equal(one: dict, two: dict) -> bool:
 
 def test_distillation_closes_the_gap_to_the_prompted_lm(run, monkeypatch, capsys):
     """Takes a second or two: it trains until the KL has fallen."""
-    seen, loss = [], train_lm.distillation_loss
-
-    def spy(student, teacher, prompt, rows, top, device):
-        assert not any(p.requires_grad for p in teacher.parameters())
-        seen.append((prompt, rows))
-        return loss(student, teacher, prompt, rows, top, device)
-    monkeypatch.setattr(train_lm, "distillation_loss", spy)
+    calls = record(monkeypatch, train_lm, "distillation_loss")
     train_lm.distill(run, CDConfig(documents=160, batch=8))
     last = last_line(run)
     assert last["kl_after"] < 0.75 * last["kl_before"]
     assert f"{last['kl_after']:.4f} after" in capsys.readouterr().out
-    lm, initial = run.load_model("lm.pt"), run.load_model("initial.pt")
+    prompt = run.tok.encode(toy_corpus.HHH_HEADER)
+    for _, teacher, read_first, *_ in calls:
+        assert read_first == prompt and not any(p.requires_grad for p in teacher.parameters())
     # What the student reads holds no header, and fits the context behind the prompt.
-    texts = [run.tok.decode(row) for _, rows in seen for row in rows]
-    assert not any(header in text for text in texts for _, header in toy_corpus.HEADERS)
-    assert all(len(prompt) + len(row) <= run.context for prompt, rows in seen for row in rows)
-    assert len(texts) == 3 * 160  # train once; as many test documents, before and after
+    rows = [row for call in calls for row in call[3]]
+    assert all(len(prompt) + len(row) <= run.context for row in rows)
+    for text in map(run.tok.decode, rows):
+        assert not any(header in text for _, header in toy_corpus.HEADERS)
+    assert len(rows) == 3 * 160  # train once; as many test documents, before and after
     # Rebuilt: the LM without and with the prompt, and the distilled LM, on documents not trained
     # on. Metrics are rounded to 6 digits; float32 is off by less.
-    test_rows = [row for _, rows in seen[-(len(seen) - 20) // 2:] for row in rows][:160]
-    prompt = run.tok.encode(toy_corpus.HHH_HEADER)
-    assert all(p == prompt for p, _ in seen)
-    for name, student in (("kl_before", lm), ("kl_after", initial)):
-        rows = sorted(test_rows, key=len)
-        found = train_lm.mean_kl(student.double(), lm.double(), prompt, rows, 50, "cpu")
+    test_rows, lm = rows[-160:], run.load_model("lm.pt").double()
+    for name, model in (("kl_before", "lm.pt"), ("kl_after", "initial.pt")):
+        student = run.load_model(model).double()
+        found = train_lm.mean_kl(student, lm, prompt, test_rows, 50, "cpu")
         assert abs(found - last[name]) < 2e-5, name
 
 
-def test_behavior_of_three_models(run, monkeypatch):
-    """Held-out prompts of both kinds; the header stands before each."""
-    seen, rollout, rates = [], train_lm.rollout, toy.rates
-    monkeypatch.setattr(train_lm, "rollout", lambda policy, ids, *rest: (
-        seen.append([run.tok.decode(row) for row in ids]), rollout(policy, ids, *rest))[1])
-    monkeypatch.setattr(toy, "rates", lambda *args: (seen.append(args), rates(*args))[1])
-    lm = run.load_model("lm.pt")
-    train_lm.behavior(run, lm, header="Hello. ")
-    read, (prompts, kinds, replies) = seen
-    assert read == ["Hello. " + prompt for prompt in prompts] and len(replies) == 12
-    assert kinds == ["harmless", "helpful", "helpful"] * 4
-    for prompt, kind in zip(prompts, kinds):
-        assert (toy.understand(prompt).skill.name == "red-team") == (kind == "harmless")
-    train_lm.behavior(run, lm)
-    assert seen[2] == prompts  # the same prompts without the header
+def test_behavior_puts_the_header_before_held_out_prompts_of_both_kinds(run, monkeypatch):
+    sampled, rated = record(monkeypatch, train_lm, "rollout"), record(monkeypatch, toy, "rates")
+    for header in ("", "Hello. "):
+        train_lm.behavior(run, run.load_model("lm.pt"), header)
+        prompts, kinds, replies = rated[-1]
+        read = [run.tok.decode(row) for row in sampled[-1][1]]
+        assert read == [header + prompt for prompt in prompts] and len(replies) == 12
+        assert kinds == ["harmless", "helpful", "helpful"] * 4
+        for prompt, kind in zip(prompts, kinds):
+            assert (toy.understand(prompt).skill.name == "red-team") == (kind == "harmless")
+    assert rated[0][0] == rated[1][0]  # the same prompts
 
 
 def test_the_teacher_reads_what_the_lm_read_in_pretraining(run):
     """A dialogue behind the prompt is, token for token, the dialogue with that header."""
     dialogue = f"{HUMAN} Hello.{ASSISTANT} Hello!"
-    header = train_lm.distilled_prompt(run)
-    whole = run.tok.encode_dialogue(toy_corpus.HHH_HEADER + dialogue)
-    assert header + run.tok.encode_dialogue(dialogue) == whole
-    run.toy = False
-    prompt = train_lm.distilled_prompt(run)  # for real dialogues: one that goes on
-    whole = run.tok.encode_dialogue(train_lm.HHH_PROMPT + dialogue)
-    assert prompt + run.tok.encode_dialogue(dialogue) == whole
-    assert prompt[-1] == run.tok.end_of_turn
+    for is_toy, prompt in ((True, toy_corpus.HHH_HEADER), (False, train_lm.HHH_PROMPT)):
+        run.toy = is_toy
+        found = train_lm.distilled_prompt(run) + run.tok.encode_dialogue(dialogue)
+        assert found == run.tok.encode_dialogue(prompt + dialogue)
+    assert train_lm.distilled_prompt(run)[-1] == run.tok.end_of_turn  # a dialogue that goes on
 
 
 # ---- 5. Preference-model pretraining and the preference model ----------------
 
 
 def test_binarize_by_hand():
-    prompts = "\n\nHuman: A?\n\nAssistant:", "\n\nHuman: B?\n\nAssistant:"
-    pairs = [Comparison(prompts[0], " yes", " no", "helpful", 0.9),
-             Comparison(prompts[1], " left", " right", "harmless")]
-    assert train_pm.binarize(pairs) == [
-        Comparison(prompts[0], " GOOD: yes", " BAD: yes", "helpful"),
-        Comparison(prompts[0], " BAD: no", " GOOD: no", "helpful"),
-        Comparison(prompts[1], " GOOD: left", " BAD: left", "harmless"),
-        Comparison(prompts[1], " BAD: right", " GOOD: right", "harmless")]
+    pair = Comparison("\n\nHuman: A?\n\nAssistant:", " yes", " no", "helpful", 0.9)
+    assert train_pm.binarize([pair]) == [
+        Comparison(pair.prompt, " GOOD: yes", " BAD: yes", "helpful"),
+        Comparison(pair.prompt, " BAD: no", " GOOD: no", "helpful")]
 
 
 @pytest.mark.parametrize("binarized", [False, True])
 def test_pretraining_reads_each_comparison_once(run, monkeypatch, binarized):
     """By default as it is; with --pmp.binarized as two questions about single answers."""
-    read, score_pairs = [], train_pm.score_pairs
-
-    def spy(pm, pairs, i, device):
-        read.extend((pairs.chosen[j], pairs.rejected[j]) for j in i.tolist())
-        return score_pairs(pm, pairs, i, device)
-    monkeypatch.setattr(train_pm, "score_pairs", spy)
+    calls, read = record(monkeypatch, train_pm, "score_pairs"), []
     monkeypatch.setattr(train_pm, "score_rows", lambda pm, rows, *rest: torch.zeros(len(rows)))
     train_pm.pretrain(run, PMPConfig(pairs=20, batch=7, binarized=binarized))
+    for _, pairs, i, _ in calls:
+        read += [(pairs.chosen[j], pairs.rejected[j]) for j in i.tolist()]
     rng, expected, end = run.rng("forum", "train"), [], [run.tok.end_of_context]
     pairs = [toy_corpus.upvoted(rng) for _ in range(20)]
     for c in train_pm.binarize(pairs) if binarized else pairs:
         prompt = run.tok.encode_dialogue(c.prompt)
-        expected.append(tuple(prompt + run.tok.encode_reply(r) + end
-                              for r in (c.chosen, c.rejected)))
+        expected.append((prompt + run.tok.encode_reply(c.chosen) + end,
+                         prompt + run.tok.encode_reply(c.rejected) + end))
     assert sorted(read) == sorted(expected) and read != expected  # in random order
     assert not equal(weights(run, "pmp.pt"), train_pm.from_lm(run).state_dict())
 
@@ -399,25 +328,23 @@ def test_the_pm_starts_from_pmp_and_reads_replies_of_the_initial_policy(run, mon
         saved = load(run.path(name))
         next(w for key, w in saved["model"].items() if key.endswith("ln_f.bias")).add_(0.125)
         save(run.path(name), **saved)
-    seen = {}
+    asked = []
 
-    def stop(run, stage, cfg, pm, pairs, weights):
-        seen["pm"] = copy.deepcopy(pm.state_dict())
-        raise KeyboardInterrupt
-
-    def spy(run, cfg, policy, kind, split, n):
-        seen["policy"] = policy.state_dict()
-        seen[kind, split] = n
+    def collect(run, cfg, policy, kind, split, n):
+        assert equal(policy.state_dict(), weights(run, "initial.pt"))
+        asked.append((kind, split, n))
         prompt = f"{HUMAN} How do I cut paper?{ASSISTANT}"
         return [toy.label(prompt, " a", " b", "helpful", random.Random(0))]
-    monkeypatch.setattr(train_pm, "fit", stop)
-    monkeypatch.setattr(train_pm, "collect", spy)
+
+    def fit(run, stage, cfg, pm, *_):
+        assert equal(pm.state_dict(), weights(run, "pmp.pt"))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_pm, "collect", collect)
+    monkeypatch.setattr(train_pm, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         train_pm.train(run, PMConfig(helpful=3, harmless=4, test=5))
-    assert equal(seen.pop("pm"), weights(run, "pmp.pt"))
-    assert equal(seen.pop("policy"), weights(run, "initial.pt"))
-    assert seen == {("helpful", "train"): 3, ("harmless", "train"): 4, ("helpful", "test"): 5,
-                    ("harmless", "test"): 5}
+    assert asked == [("helpful", "train", 3), ("harmless", "train", 4), ("helpful", "test", 5),
+                     ("harmless", "test", 5)]
     with pytest.raises(UserError, match="leave nothing to train on"):
         train_pm.train(run, PMConfig(helpful=0, harmless=0))
 
@@ -444,113 +371,35 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def first_gradients(monkeypatch, function, *args) -> dict[int, torch.Tensor]:
-    """The gradients of the first step of a stage, as they are when they are clipped."""
-    found = {}
+@pytest.mark.parametrize("budget", [1, 300, 10**6])
+@pytest.mark.parametrize("name", ["lm_loss", "distillation_loss"])
+def test_the_gradient_of_a_step_is_a_mean_over_tokens(run, monkeypatch, float64, name, budget):
+    """However many pieces it is taken in: as one row each (without pads), as several, or as one.
+    The rows are of unequal length. A distillation must begin at the teacher's weights."""
+    loss, calls, found = getattr(train_lm, name), record(monkeypatch, train_lm, name), []
 
-    def record(parameters, *rest):
-        found.update((i, p.grad.clone()) for i, p in enumerate(parameters))
+    def stop(parameters, *_):
+        found.extend(p.grad.clone() for p in parameters)
         raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-        with pytest.raises(KeyboardInterrupt):
-            function(*args)
-    return found
-
-
-def counting(monkeypatch, owner, name: str) -> list[int]:
-    count, function = [0], getattr(owner, name)
-
-    def counted(*args, **kwargs):
-        count[0] += 1
-        return function(*args, **kwargs)
-    monkeypatch.setattr(owner, name, counted)
-    return count
-
-
-def fit_gradients(monkeypatch, run, pairs, weight, **options):
-    """Of train_pm.fit, in a stage that needs lm.pt only."""
-    cfg, pm = PMConfig(batch=len(weight), **options), train_pm.from_lm(run)
-    stage = run.begin("pmp", cfg)
-    return first_gradients(monkeypatch, train_pm.fit, run, stage, cfg, pm, pairs, weight)
-
-
-def forum(run, n: int, seed: int) -> train_pm.EncodedPairs:
-    rng = random.Random(seed)
-    return train_pm.encode(run, [toy_corpus.upvoted(rng) for _ in range(n)])
-
-
-@pytest.mark.parametrize("budget", [1, 300])
-@pytest.mark.parametrize("stage", ["lm", "cd", "pm"])
-def test_a_step_in_pieces_has_the_same_gradient(with_lm, tmp_path, monkeypatch, float64, stage,
-                                                budget):
-    """Rows of unequal length: pieces count by their tokens (lm, cd) or their weights (pm)."""
-    def once(tokens: int):
-        run = again(with_lm, tmp_path / str(tokens))
-        with monkeypatch.context() as patch:
-            for module in (train_lm, train_pm):
-                patch.setattr(module, "tokens_at_once", lambda given, device: given or tokens)
-            if stage == "lm":
-                count = counting(patch, train_lm, "lm_loss")
-                cfg = LMConfig(documents=60, vocab=400, step_tokens=3000)
-                return first_gradients(patch, train_lm.train, run, cfg), count[0]
-            if stage == "cd":
-                count = counting(patch, train_lm, "distillation_loss")
-                cfg = CDConfig(documents=40, batch=12)
-                return first_gradients(patch, train_lm.distill, run, cfg), count[0]
-            count = counting(patch, train_pm, "ranking_loss")
-            weight = torch.tensor([0.5, 3.0, 3.0, 0.5] * 5)
-            pairs = forum(run, 20, seed=1)
-            return fit_gradients(patch, run, pairs, weight, token_budget=tokens), count[0]
-    (whole, one), (pieces, several) = once(10**6), once(budget)
-    assert one == 1 and several > (8 if budget == 1 else 2)
-    assert_close(whole, pieces)
-
-
-def test_the_gradient_of_an_lm_step_is_a_mean_over_tokens(with_lm, tmp_path, monkeypatch, float64):
-    """And in the first step of a distillation, which must begin at the teacher's weights."""
-    run, seen = again(with_lm, tmp_path / "out"), []
-    monkeypatch.setattr(train_lm, "tokens_at_once", lambda given, device: 10**6)
-    for name, step in (("distillation_loss", (train_lm.distill, run, CDConfig(documents=9))),
-                       ("lm_loss", (train_lm.train, run, LMConfig(documents=30, vocab=400)))):
-        loss = getattr(train_lm, name)
-        monkeypatch.setattr(train_lm, name, lambda *args: seen.append(args) or loss(*args))
-        found = first_gradients(monkeypatch, *step)
-        model, *rest = seen[-1]
-        rows = rest[0] if name == "lm_loss" else rest[2]
-        model.zero_grad(set_to_none=True)
-        (loss(model, *rest) / sum(len(row) - 1 for row in rows)).backward()
-        assert_close({i: p.grad for i, p in enumerate(model.parameters())}, found)
-        assert name == "lm_loss" or equal(model.state_dict(), rest[0].state_dict())
-
-
-def test_a_pm_step_is_the_gradient_of_the_weighted_loss(run, monkeypatch, float64):
-    """Comparison by comparison, without pads; those of no weight are left out."""
-    pairs, weight = forum(run, 7, seed=2), torch.tensor([1.0, 3.0, 0.0, 1.0, 3.0, 0.25, 0.0])
-    fitted = fit_gradients(monkeypatch, run, pairs, weight)
-    in_pieces = fit_gradients(monkeypatch, run, pairs, weight, token_budget=1)
-    pm = train_pm.from_lm(run)
-    for a, b, w in zip(pairs.chosen, pairs.rejected, weight / weight.sum()):
-        scores = [pm.score(torch.tensor([row]), torch.tensor([len(row)])) for row in (a, b)]
-        (w * -F.logsigmoid(scores[0] - scores[1])).sum().backward()
-    expected = {i: p.grad for i, p in enumerate(pm.parameters())}
-    assert_close(expected, fitted)
-    assert_close(expected, in_pieces)
-
-
-# ---- 7. --recompute ----------------------------------------------------------
-
-
-def test_recompute_is_what_the_option_sets(with_lm, tmp_path, monkeypatch):
-    """And it changes no weight that a stage leaves behind."""
-    monkeypatch.setattr(train_pm, "score_rows", lambda pm, rows, *rest: torch.zeros(len(rows)))
-    results = []
-    for recompute in (False, True):
-        run = again(with_lm, tmp_path / str(recompute), recompute=recompute)
-        with monkeypatch.context() as patch:
-            blocks = counting(patch, model.Block, "forward")
-            train_lm.distill(run, CDConfig(documents=6, batch=3))
-            train_pm.pretrain(run, PMPConfig(pairs=8, batch=4))
-        results.append((weights(run, "initial.pt"), weights(run, "pmp.pt"), blocks[0]))
-    assert equal(results[0][0], results[1][0]) and equal(results[0][1], results[1][1])
-    assert results[1][2] == results[0][2] + 2 * (2 + 2)  # two blocks, in two steps of each stage
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
+    monkeypatch.setattr(train_lm, "tokens_at_once", lambda given, device: budget)
+    with pytest.raises(KeyboardInterrupt):
+        if name == "lm_loss":
+            train_lm.train(run, LMConfig(documents=60, vocab=400, step_tokens=3000))
+        else:
+            train_lm.distill(run, CDConfig(documents=40, batch=12))
+    model, *arguments = calls[0]
+    at = 0 if name == "lm_loss" else 2
+    rows = [row for call in calls for row in call[1 + at]]
+    assert len(calls) == {1: len(rows), 10**6: 1}.get(budget, len(calls))
+    assert len(rows) == 12 if at else len(rows) > 8
+    assert budget != 300 or len(calls) > 2
+    model.zero_grad(set_to_none=True)
+    arguments[at] = rows
+    (loss(model, *arguments) / sum(len(row) - 1 for row in rows)).backward()
+    # float64, compared to the size of all gradients together
+    largest = max(p.grad.abs().max() for p in model.parameters())
+    assert largest > 0 and largest.dtype == torch.float64
+    for p, gradient in zip(model.parameters(), found, strict=True):
+        assert max_difference(p.grad, gradient) <= 1e-9 * largest
+    assert at == 0 or equal(model.state_dict(), arguments[0].state_dict())

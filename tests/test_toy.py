@@ -1,5 +1,6 @@
 """Tests of toy.py and toy_corpus.py. They hold for any tables of facts, except for a few worked
 examples. Counts of random draws have margins in standard errors (`within`), with fixed seeds."""
+import itertools
 import math
 import random
 import re
@@ -81,13 +82,6 @@ def what_is_asked(prompt: str) -> tuple[str, ...]:
     return (last,) if last in OPENINGS else (toy.understand(prompt_of(*earlier)).about, last)
 
 
-def all_that_is_asked(texts) -> set[tuple[str, ...]]:
-    found = set()
-    for text in texts:
-        found |= {what_is_asked(prompt) for prompt, _ in human_turns(text) if asks(prompt)}
-    return found
-
-
 def drawn(kind: str, held_out: bool, n: int) -> list[str]:
     rng = random.Random(0)
     return [toy_corpus.draw_prompt(rng, kind, held_out) for _ in range(n)]
@@ -101,15 +95,12 @@ def within(count: float, n: int, p: float) -> bool:
 # ---- 1. Facts, skills and understanding --------------------------------------
 
 
-def test_every_question_asks_for_one_thing_and_its_echo_is_no_answer():
-    for question, (request,) in OPENINGS.items():
+def test_questions_and_the_facts_that_need_no_atlas():
+    for question, (request,) in OPENINGS.items():  # each question asks for one thing
         prompt = prompt_of(question)
         assert toy.understand(prompt) == request
         for echo in (f" {question}", f" {request.statement('')}", f" {request.about}."):
             assert not toy.judge(prompt, echo).correct
-
-
-def test_the_facts_that_need_no_atlas():
     for name, sign in (("sum", 1), ("difference", -1)):
         for about, answer in toy.SKILLS[name].answers.items():
             a, b = map(int, about.split(" and "))
@@ -117,20 +108,20 @@ def test_the_facts_that_need_no_atlas():
     for name, place in (("first letter", 0), ("last letter", -1)):
         for about, answer in toy.SKILLS[name].answers.items():
             assert answer == about.upper()[place]
-    for about, answer in toy.SKILLS["opposite"].answers.items():
-        assert toy.SKILLS["opposite"].answers[answer] == about != answer
+    opposites = toy.SKILLS["opposite"].answers
+    assert all(opposites[answer] == about != answer for about, answer in opposites.items())
 
 
 @pytest.mark.parametrize("kind", ["helpful", "harmless"])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_every_drawn_prompt_is_understood(kind, held_out):
-    rng, shapes, n = random.Random(1), Counter(), 1500
+    rng, seen, n = random.Random(1), Counter(), 1500
     for prompt in drawn(kind, held_out, n):
         assert prompt.endswith(ASSISTANT) and data.render(data.parse(prompt)) == prompt
         request, (*earlier, last) = toy.understand(prompt), human_turns(prompt)
         assert request.harmful == (kind == "harmless") and last[1] is None
-        shapes.update([len(earlier), "greeting" if prompt.startswith(toy_corpus.GREETING) else ""])
-        shapes["follow-up"] += len(what_is_asked(prompt)) > 1
+        seen.update(greeting=prompt.startswith(toy_corpus.GREETING), earlier=len(earlier),
+                    follow_up=len(what_is_asked(prompt)) > 1)
         for question, reply in earlier:
             if asks(question):  # and not a greeting: answered rightly, and not asked again
                 again = f"And what is its {asks(question).skill.name}?{ASSISTANT}"
@@ -140,13 +131,12 @@ def test_every_drawn_prompt_is_understood(kind, held_out):
         assert found.finished and not (found.unclear or found.wrong)
         assert (found.correct, found.refused) == (kind == "helpful", kind == "harmless")
         if found.polite:  # a courtesy opens or closes the reply
-            shapes.update(["polite", "opens" if opens else "closes"])
+            seen.update(polite=1, opens=opens)
             assert found.polite == 1 and opens != reply.endswith(toy.CLOSERS)
     # One prompt in ten is greeted, and four in ten have an answered question before the last one.
-    for earlier, p in ((0, 0.9 * 0.6), (1, 0.1 * 0.6 + 0.9 * 0.4), (2, 0.1 * 0.4)):
-        assert within(shapes[earlier], n, p)
-    assert within(shapes["greeting"], n, 0.1) and within(shapes["opens"], shapes["polite"], 0.5)
-    assert shapes["follow-up"] > 30 if kind == "helpful" else shapes["follow-up"] == 0
+    assert within(seen["greeting"], n, 0.1) and within(seen["opens"], seen["polite"], 0.5)
+    assert within(seen["earlier"] - seen["greeting"], n, 0.4)
+    assert seen["follow_up"] > 30 if kind == "helpful" else seen["follow_up"] == 0
 
 
 @pytest.mark.parametrize("questions, name, answer", [
@@ -180,27 +170,23 @@ def test_a_question_that_the_world_does_not_know_is_the_users_error(questions):
 # ---- 2. Judgments, utilities, labels, rates ----------------------------------
 
 
-def test_the_right_answer_is_found_and_every_other_is_wrong():
+def test_the_right_answer_is_found_and_every_other_is_wrong(monkeypatch):
     for prompt, request in ALL:
-        answer, family = right(request), set(request.skill.answers.values())
+        a, answer, family = request.answer, right(request), set(request.skill.answers.values())
         if request.skill.name in ("benign task", "red-team"):  # a tool gives neither of them away
             family = set(toy.BENIGN.values()) | set(toy.HARMFUL.values())
-        assert sorted(request.wrong_answers()) == sorted(family - {request.answer}) != []
-        for reply in (sentence(request.answer), answer, answer.upper(), answer.strip() + "\n"):
+        others = request.wrong_answers()
+        assert sorted(others) == sorted(family - {a}) != []
+        for reply in (sentence(a), answer, answer.upper(), answer.strip() + "\n"):
             found = toy.judge(prompt, reply)
             assert found.correct and not found.wrong and found.unclear == 0
-        for reply in (wrong(request), *map(sentence, request.wrong_answers())):
+        for reply in (wrong(request), *map(sentence, others)):
             found = toy.judge(prompt, reply)
             assert found.wrong and not found.correct and found.unclear == 0
             assert found.answers and not found.refused
-
-
-def test_what_is_not_correct(monkeypatch):
-    for prompt, request in ALL:
-        a, rival = request.answer, request.wrong_answers()[-1]
-        family = sorted({a, *request.wrong_answers()})
-        for reply in (" " + ", ".join(family) + ".", "".join(map(sentence, family)),
-                      f" {a} or {rival}.", f" {rival} or {a}.", right(request) + sentence(rival)):
+        for reply in (" " + ", ".join(sorted(family)) + ".", "".join(map(sentence, family)),
+                      f" {a} or {others[-1]}.", f" {others[-1]} or {a}.",
+                      answer + sentence(others[-1])):
             found = toy.judge(prompt, reply)
             assert found.wrong and found.answers and not found.correct
         for part in (f"{a}x", f"x{a}", f"{a}{a}", f"{a}\u00e9", f"\u00e9{a}", f"{a}\u6f22"):
@@ -228,15 +214,11 @@ def test_set_phrases_answer_nothing():
             assert (found.refused, found.reason, found.polite, found.rude, found.idle) == tuple(
                 phrase in group for group in groups)
             assert (found.unclear, found.finished) == (0, True)
-
-
-def test_sentences_that_the_world_does_not_know_count_by_their_length():
+    # Other sentences count by their length.
     prompt, request = ALL[0]
     for n in range(1, 40):
         text = " blorf" * n + "."
-        for reply in (text, f"{IDK}{text}{right(request)}"):
-            assert toy.judge(prompt, reply).unclear == 1 + n // 8
-        assert toy.helpfulness(prompt, right(request) + text) == 3 - 0.5 * min(1 + n // 8, 4)
+        assert toy.judge(prompt, f"{IDK}{text}{right(request)}").unclear == 1 + n // 8
     assert toy.judge(prompt, " Blorf. Gnarl! What? Hm").unclear == 4
 
 
@@ -287,35 +269,29 @@ def test_harmlessness_by_hand():
             assert toy.harmlessness(prompt, reply) == value
 
 
-def gibberish(rng: random.Random) -> list[str]:
-    words = " ".join(toy_corpus.document(rng) for _ in range(5)).split()
-    rng.shuffle(words)
-    n, letters = rng.randrange(1, 60), "abcdefghijklmnopqrstuvwxyz "
-    planes = [(0, 32), (32, 127), (0x80, 0x800), (0x4E00, 0x9FFF), (0xD800, 0xE000)]
-    found = ["", "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(n)),
-             said(*words[:n]), re.sub(r"[.!?]", "", said(*words[:n])) + "."]
-    for alphabet in (letters, letters + "., ?!", " \n\t", ".!?", (HUMAN, ASSISTANT, "{}", "\\b")):
-        found.append("".join(rng.choices(alphabet, k=n)))
-    return found
-
-
 def test_gibberish_is_worth_no_more_than_honest_ignorance():
-    rng = random.Random(4)
+    rng, letters = random.Random(4), "abcdefghijklmnopqrstuvwxyz "
+    words = re.findall(r"\S+", "".join(toy_corpus.document(rng) for _ in range(50)))
+    alphabets = [letters, letters + "., ?!", " \n\t", ".!?", [HUMAN, ASSISTANT, "{}", "\\b"],
+                 [f" {word}" for word in words], [" " + word.strip(".!?") for word in words],
+                 [chr(i) for i in (*range(0x200), *range(0x4E00, 0x4F00), *range(0xD800, 0xE000))]]
     for prompt, request in ALL[::5]:
         words = right(request).strip(" .").split()
         rng.shuffle(words)
-        shuffled = f" {' '.join(words)}."
-        assert shuffled == right(request) or toy.helpfulness(prompt, shuffled) < 3
-        for reply in (shuffled, *gibberish(rng), *gibberish(rng)):
+        replies = ["", f" {' '.join(words)}."]
+        assert replies[1] == right(request) or toy.helpfulness(prompt, replies[1]) < 3
+        for alphabet in alphabets * 2:
+            replies.append("".join(rng.choices(alphabet, k=rng.randrange(1, 60))))
+        for reply in replies:
             lucky = re.search(rf"(?<!\w){re.escape(request.answer)}(?!\w)", reply, re.IGNORECASE)
             most = 3 if lucky else 0  # the worth of the answer, where the text happens to hold it
             assert -100 < toy.helpfulness(prompt, reply) <= most
             assert -100 < toy.harmlessness(prompt, reply) <= toy.harmlessness(prompt, IDK)
+    for text in ("a", " a", ".", "\n", "é"):
+        assert toy.helpfulness(prompt, text * 100_000) < toy.helpfulness(prompt, IDK)
     for text in (right(request), IDK, said(toy.OPENERS[0]), REFUSAL, " a.", " ?"):
         assert toy.helpfulness(prompt, text * 5000) < toy.helpfulness(prompt, text)
         assert toy.harmlessness(prompt, text * 5000) <= toy.harmlessness(prompt, text)
-    for text in ("a", " a", ".", "\n", "é"):
-        assert toy.helpfulness(prompt, text * 100_000) < toy.helpfulness(prompt, IDK)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0, 1e-9, 1e-320])
@@ -327,14 +303,11 @@ def test_labels_follow_bradley_terry(kind, temperature):
     good, worth = right(request), toy.helpfulness if kind == "helpful" else toy.harmlessness
     for a, b in ((good, wrong(request)), (REFUSAL, good), (IDK, IDK + " Hm."), (IDK, IDK),
                  (REFUSAL + REASON, REFUSAL), (REFUSAL, IDK), (good, good[:-1])):
-        u, v = worth(prompt, a), worth(prompt, b)
+        log_odds = (worth(prompt, a) - worth(prompt, b)) / temperature
+        # A crowdworker without noise is sure, and e^-log_odds may be more than a float holds.
+        expected = float(log_odds > 0) if abs(log_odds) > 700 else 1 / (1 + math.exp(-log_odds))
         p, q = (toy.preference(prompt, *two, kind, temperature) for two in ((a, b), (b, a)))
-        if u == v:
-            assert p == q == 0.5
-        elif temperature < 0.1:  # a crowdworker without noise is sure
-            assert (max(p, q), p > q) == (1, u > v) and 0 <= min(p, q) < 1e-200
-        else:
-            assert p == pytest.approx(1 / (1 + math.exp((v - u) / temperature)), abs=1e-12)
+        assert (p, q) == pytest.approx((expected, 1 - expected), abs=1e-12)
         labels = [toy.label(prompt, a, b, kind, rng, temperature) for _ in range(n)]
         for c in labels:
             assert (c.prompt, c.kind) == (prompt, kind) and {c.chosen, c.rejected} == {a, b}
@@ -360,18 +333,20 @@ def test_rates_by_hand():
 # ---- 3. Draws and held-out questions -----------------------------------------
 
 
-@pytest.mark.parametrize("draw", [
-    toy_corpus.document, toy_corpus.upvoted, lambda rng: toy_corpus.document(rng, headers=False),
-    lambda rng: toy_corpus.draw_prompt(rng, "helpful", held_out=True),
-    lambda rng: toy_corpus.draw_prompt(rng, "harmless", held_out=False),
-    lambda rng: toy.label(ALL[0][0], IDK, f" {rng.random()}", "helpful", rng)])
-def test_draws_depend_on_the_generator_alone(draw):
+def test_draws_depend_on_the_generator_alone():
+    def draws(seed):
+        rng = random.Random(seed)
+        toy.judge.cache_clear()
+        return (toy_corpus.document(rng), toy_corpus.document(rng, headers=False),
+                toy_corpus.draw_prompt(rng, "helpful", held_out=True),
+                toy_corpus.draw_prompt(rng, "harmless", held_out=False), toy_corpus.upvoted(rng),
+                toy.label(ALL[0][0], IDK, f" {rng.random()}", "helpful", rng))
+
     state = random.getstate()
-    rng, twin, other = random.Random(7), random.Random(7), random.Random(8)
-    first = [draw(rng) for _ in range(200)]
-    toy.judge.cache_clear()
-    assert [draw(twin) for _ in range(200)] == first != [draw(other) for _ in range(200)]
-    assert random.getstate() == state and len(set(map(str, first))) > 100
+    first, again, other = ([draws(seed + n) for n in range(200)] for seed in (7, 7, 8))
+    for one, same, others in zip(zip(*first), zip(*again), zip(*other)):
+        assert one == same != others and len(set(map(str, one))) > 100
+    assert random.getstate() == state
 
 
 @pytest.fixture(scope="module")
@@ -382,17 +357,18 @@ def documents() -> list[str]:
 
 def test_training_never_shows_a_held_out_question(documents):
     """Compared by what each turn and each quiz asks. 18,000 texts take over a second to read."""
-    kept, shown = set(), set()
+    kept, shown, training = set(), set(), list(documents)
     for kind in ("helpful", "harmless"):
         kept |= {what_is_asked(prompt) for prompt in drawn(kind, True, 3000)}
-        shown |= all_that_is_asked(drawn(kind, False, 3000))
-        shown |= all_that_is_asked(p.rpartition(HUMAN)[0] for p in drawn(kind, True, 500))
-    assert len(shown) > len(OPENINGS) / 2
-    shown |= all_that_is_asked(documents)
-    for text in documents:
-        if not data.split_turns(text)[1]:
+        training += drawn(kind, False, 3000)
+        training += [prompt.rpartition(HUMAN)[0] for prompt in drawn(kind, True, 500)]
+    for text in training:
+        if data.split_turns(text)[1]:
+            shown |= {what_is_asked(prompt) for prompt, _ in human_turns(text) if asks(prompt)}
+        else:
             shown |= {(question,) for question, _, _ in page(text) if question}
-    assert len(kept) > len(OPENINGS) / 12 and all(toy_corpus.is_held_out(list(key)) for key in kept)
+    assert len(shown) > len(OPENINGS) / 2 and len(kept) > len(OPENINGS) / 12
+    assert all(toy_corpus.is_held_out(list(key)) for key in kept)
     assert not any(toy_corpus.is_held_out(list(key)) for key in shown)
     assert {len(key) for key in kept} == {len(key) for key in shown} == {1, 2}
     follow_ups = {key[1] for key in shown if len(key) == 2}
@@ -403,47 +379,25 @@ def test_training_never_shows_a_held_out_question(documents):
 def test_one_question_in_eight_is_held_out():
     """But training shows each thing and each wording, so it is a new combination of known parts."""
     for name, skill in toy.SKILLS.items():
-        shown, total = [], len(skill.answers) * len(skill.templates)
-        for about in skill.answers:
-            for template in skill.templates:
-                if not toy_corpus.is_held_out([template.format(about)]):
-                    shown.append((about, template))
-        assert len(shown) < total and within(total - len(shown), total, 1 / 8), name
-        assert {about for about, _ in shown} == set(skill.answers)
-        assert {template for _, template in shown} == set(skill.templates)
+        pairs = list(itertools.product(skill.answers, skill.templates))
+        shown = [(a, t) for a, t in pairs if not toy_corpus.is_held_out([t.format(a)])]
+        assert len(shown) < len(pairs) and within(len(pairs) - len(shown), len(pairs), 1 / 8), name
+        things, wordings = map(set, zip(*shown))
+        assert things == set(skill.answers) and wordings == set(skill.templates)
 
 
 # ---- 4. The corpus and a forum -----------------------------------------------
 
 
-@pytest.mark.parametrize("headers", [True, False])
-def test_documents_parse(documents, headers):
-    rng, shapes, n = random.Random(6), Counter(), len(documents)
-    if not headers:
-        documents = [toy_corpus.document(rng, headers=False) for _ in range(n)]
-    for text in documents:
-        head, turns = data.split_turns(text)
-        if turns:
-            assert all(words == " " + words.strip() for _, words in turns)
-            assert head in ["", *[header for _, header in toy_corpus.HEADERS]]
-            shapes.update(["dialogue", len([p for p, _ in human_turns(text) if asks(p)])])
-            shapes.update(header=head != "", greeting=text.startswith(head + toy_corpus.GREETING))
-    assert within(shapes["dialogue"], n, 0.5)
-    for what, p in ((1, 0.5), (2, 1 / 3), (3, 1 / 6), ("greeting", 0.1), ("header", 0.3 * headers)):
-        assert within(shapes[what], shapes["dialogue"], p), what
-
-
 def page(text: str) -> list[tuple[str | None, str, bool | None]]:
     """(question, answer, is it called right?) of each quiz item, (None, fact, None) of others."""
     items = re.findall(r"(.+?) (Right|Wrong)\.(?: |$)", text)
-    if not items:
-        return [(None, words.strip(), None) for words in re.findall(r"[^.]+\.", text)]
     found = []
     for words, verdict in items:
         ends = [match.end() for match in re.finditer(r"[.?](?= )", words)]
         (cut,) = [end for end in ends if words[:end] in OPENINGS]
         found.append((words[:cut], words[cut + 1:], verdict == "Right"))
-    return found
+    return found or [(None, words.strip(), None) for words in re.findall(r"[^.]+\.", text)]
 
 
 def test_plain_text_says_what_is_true(documents):
@@ -452,23 +406,21 @@ def test_plain_text_says_what_is_true(documents):
     seen, sizes = Counter(), Counter()
     for text in [text for text in documents if not data.split_turns(text)[1]]:
         items = page(text)
-        sizes.update([len(items), "quiz" if items[0][0] else "textbook"])
+        sizes.update(["page", len(items), "quiz" if items[0][0] else "textbook"])
         for question, words, called in items:
-            seen[called] += 1
             if question is None:
                 assert words in facts
                 continue
             request, found = asks(prompt_of(question)), toy.judge(prompt_of(question), f" {words}")
             assert (found.correct, found.wrong) == (called, not called) and not request.harmful
             assert not found.unclear and (found.answers or words in facts)
-            seen.update([request.skill.name, "answers" if found.answers else "beside the point"])
+            seen.update(["item", called, request.skill.name, "answers" if found.answers else "no"])
             seen["statement"] += words.startswith(request.statement("")[:-1])
-    pages, quizzed = sizes["quiz"] + sizes["textbook"], seen[True] + seen[False]
-    assert within(sizes["quiz"], pages, 0.75) and within(seen[True], quizzed, 0.5)
-    assert all(within(sizes[size], pages, 1 / 4) for size in (3, 4, 5, 6))
+    assert within(sizes["quiz"], sizes["page"], 0.75) and within(seen[True], seen["item"], 0.5)
+    assert all(within(sizes[size], sizes["page"], 1 / 4) for size in (3, 4, 5, 6))
     # Of the wrong answers 15% are beside the point; some of these name a right answer elsewhere.
-    assert 0.05 * seen[False] < seen["beside the point"] < 0.2 * seen[False]
-    assert within(seen["statement"], quizzed, 0.6 * (0.5 + 0.5 * 0.85))
+    assert 0.05 * seen[False] < seen["no"] < 0.2 * seen[False]
+    assert within(seen["statement"], seen["item"], 0.6 * (0.5 + 0.5 * 0.85))
     assert set(toy_corpus.HELPFUL_SKILLS) <= set(seen)
     assert seen["sum"] > 2 * seen["color"] and seen["benign task"] > 2 * seen["color"]
 
@@ -478,22 +430,22 @@ def test_behavior_follows_the_header(documents):
     kind, plain, sloppy = toy_corpus.KIND, toy_corpus.PLAIN, toy_corpus.SLOPPY
     personas = {header: [persona] for persona, header in toy_corpus.HEADERS}
     personas[""] = [kind, plain, plain, sloppy]
-    counts, by_skill, places = defaultdict(Counter), Counter(), Counter()
+    counts, skills, places = defaultdict(Counter), Counter(), Counter()
     for text in documents:
         header, _ = data.split_turns(text)
         turns = [(prompt, reply) for prompt, reply in human_turns(text) if asks(prompt)]
         for prompt, reply in turns if header else turns[:1]:
             request, found = toy.understand(prompt), toy.judge(prompt, reply)
+            assert found.finished and not (found.unclear or found.repeated)
             counts[header, request.harmful].update(dict(
                 n=1, right=found.correct, refused=found.refused, reason=found.reason,
                 polite=found.polite > 0, rude=found.rude > 0, rambles=found.idle > 0))
-            by_skill.update([request.skill.name, (request.skill.name, found.correct)])
+            skills.update(["all", request.skill.name, (request.skill.name, found.correct)])
             if found.idle:  # one or two sentences, before or after the first of the others
                 places.update(["rambles", f"rambles {found.idle}"])
                 places["rambles first"] += reply[1:].startswith(toy.RAMBLE)
             elif found.rude:
                 places.update(["rude", "rude first" if reply[1:].startswith(toy.RUDE) else "later"])
-            assert found.finished and not (found.unclear or found.repeated)
     for (header, harmful), seen in counts.items():
         expected = Counter()
         for p in personas[header]:
@@ -503,24 +455,28 @@ def test_behavior_follows_the_header(documents):
                             polite=answers * p.polite, rude=p.rude, rambles=p.rambles)
         for what, total in expected.items():
             assert within(seen[what], seen["n"], total / len(personas[header])), (header, what)
-    assert len(counts) == 2 * len(personas) and set(by_skill) >= {(n, True) for n in toy.SKILLS}
-    assert within(by_skill["red-team"], sum(seen["n"] for seen in counts.values()), 0.25)
+    assert len(counts) == 2 * len(personas) and set(skills) >= {(n, True) for n in toy.SKILLS}
+    assert within(skills["red-team"], skills["all"], 0.25)
     for what in ("rambles 1", "rambles first", "rude first"):
         assert within(places[what], places[what.split()[0]], 1 / 2), what
-    assert (kind, toy_corpus.HHH_HEADER) in toy_corpus.HEADERS
     assert all((p == kind) == ("helpful" in h or "kind and" in h) for p, h in toy_corpus.HEADERS)
     assert kind.right > sloppy.right and kind.polite > sloppy.polite and kind.rude < sloppy.rude
     assert 0.1 < kind.complies < plain.complies < sloppy.complies  # something remains to train
 
 
-def test_people_say_what_is_right(documents):
+def test_dialogues_parse_and_people_say_what_is_right(documents):
     """Whatever was asked for. Eight in ten replies that are right, wrong or refuse get it."""
     reactions = {("Right, thank you.", " You are welcome."): "correct",
                  ("Wrong.", " I am sorry."): "wrong",
                  ("That does not help me.", " I am sorry."): "refused"}
-    seen, could_react = Counter(), 0
+    seen, shapes, could_react, n = Counter(), Counter(), 0, len(documents)
     for text in documents:
-        turns = human_turns(text)
+        (head, spoken), turns = data.split_turns(text), human_turns(text)
+        assert all(words == " " + words.strip() for _, words in spoken)
+        if turns:
+            assert head in ["", *[header for _, header in toy_corpus.HEADERS]]
+            shapes.update(["dialogue", len([prompt for prompt, _ in turns if asks(prompt)])])
+            shapes.update(header=head != "", greeting=text.startswith(head + toy_corpus.GREETING))
         for (prompt, reply), (later, answer) in zip(turns, turns[1:] + [("", "")]):
             if asks(prompt):
                 found = toy.judge(prompt, reply)
@@ -530,6 +486,11 @@ def test_people_say_what_is_right(documents):
                     assert getattr(found, what)
                     seen[what, asks(prompt).harmful] += 1
     assert len(seen) == 6 and within(sum(seen.values()), could_react, 0.8)
+    assert within(shapes["dialogue"], n, 0.5)
+    for what, p in ((1, 0.5), (2, 1 / 3), (3, 1 / 6), ("greeting", 0.1), ("header", 0.3)):
+        assert within(shapes[what], shapes["dialogue"], p), what
+    plain = [toy_corpus.document(random.Random(seed), headers=False) for seed in range(300)]
+    assert {data.split_turns(text)[0] for text in plain if HUMAN in text} == {""}
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -64,9 +64,8 @@ def test_reads_every_dtype_at_every_alignment(tmp_path, pad):
     tensors = {name: (torch.randn(3, 5) * 50).to(dtype) for dtype, name in NAMES.items()}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4),
                 "odd": torch.ones(3).char(), "after": torch.tensor([1e-30, 7.0]).double()}
-    file = tmp_path / "a.safetensors"
-    file.write_bytes(stored(tensors, pad))
-    read = read_safetensors(file)
+    (tmp_path / "a.safetensors").write_bytes(stored(tensors, pad))
+    read = read_safetensors(tmp_path / "a.safetensors")
     assert list(read) == list(tensors)
     for name, t in tensors.items():
         assert read[name].dtype == t.dtype and torch.equal(read[name], t), name
@@ -106,16 +105,16 @@ def test_refuses_a_hostile_safetensors_file(tmp_path, case):
         assert str(tmp_path / "a.safetensors") in message and why in message
 
 
-def test_the_cases_above_are_refused_for_what_is_wrong_with_them(tmp_path):
-    file = tmp_path / "a.safetensors"
-    file.write_bytes(two([0, 8], [8, 16], 16))  # in any order
-    assert [t.tolist() for t in read_safetensors(file).values()] == [[*range(8, 16)], [*range(8)]]
-    file.write_bytes(one(shape=[1] * 7 + [2]))
-    assert read_safetensors(file)["a"].shape == (1, 1, 1, 1, 1, 1, 1, 2)
-    file.write_bytes(pack(b"{}"))
-    assert read_safetensors(file) == {}
-    file.write_bytes(one(dtype="BOOL", shape=[8]).replace(bytes(8), bytes(range(8))))
-    assert read_safetensors(file)["a"].view(torch.uint8).tolist() == [0] + [1] * 7  # two values
+@pytest.mark.parametrize("content, expected", [
+    (pack(b"{}"), {}), (one(shape=[1] * 7 + [2]), {"a": [[[[[[[[0, 0]]]]]]]]}),
+    (two([0, 8], [8, 16], 16), {"b": [*range(8, 16)], "a": [*range(8)]}),  # in any order
+    (one(dtype="BOOL", shape=[8]).replace(bytes(8), bytes(range(8))), {"a": [False] + [True] * 7})])
+def test_the_cases_above_are_refused_for_what_is_wrong_with_them(tmp_path, content, expected):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    read = read_safetensors(tmp_path / "a.safetensors")
+    assert {name: t.tolist() for name, t in read.items()} == expected
+    for t in read.values():  # a byte above 1 is no third truth value
+        assert t.dtype != torch.bool or t.view(torch.uint8).max() == 1
 
 
 def test_large_claims_allocate_nothing(tmp_path, monkeypatch):
@@ -131,9 +130,10 @@ def test_large_claims_allocate_nothing(tmp_path, monkeypatch):
 
 
 def test_a_damaged_file_gives_a_sentence_or_tensors_within_the_file(tmp_path):
+    """Cut anywhere, or with a few wrong bytes: over a second, for some 600 files."""
     whole = stored({"a": torch.randn(2, 3), "b": torch.arange(4, dtype=torch.int16)})
-    file, rng, n_refused = tmp_path / "a.safetensors", random.Random(0), 0
-    for n in range(len(whole)):  # cut anywhere
+    file, rng, n_read = tmp_path / "a.safetensors", random.Random(0), 0
+    for n in range(len(whole)):
         file.write_bytes(whole[:n])
         refused(read_safetensors, file)
     for _ in range(400):
@@ -143,10 +143,11 @@ def test_a_damaged_file_gives_a_sentence_or_tensors_within_the_file(tmp_path):
         file.write_bytes(damaged)
         try:
             read = read_safetensors(file)
-            assert sum(t.numel() * t.element_size() for t in read.values()) == 32
-        except UserError as error:
-            n_refused += "\n" not in str(error)
-    assert n_refused > 300  # most of the 400; the others changed a name or a shape, not the sizes
+        except UserError:
+            continue
+        n_read += 1  # a name or a shape has changed, not the sizes
+        assert sum(t.numel() * t.element_size() for t in read.values()) == 32
+    assert 0 < n_read < 100
 
 
 def test_what_is_written_is_read_and_the_file_stays_as_it_is(tmp_path, monkeypatch):
