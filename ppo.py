@@ -95,8 +95,7 @@ def token_states(policy: GPT, ro: Rollouts, i):
 
 
 def response_logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0):
-    """Log-probs (B, R) of responses i under a policy, by one full forward pass; 0 where mask is
-    False."""
+    """(B, R) log-probs of responses i, by one full forward pass; 0 where mask is False."""
     mask = ro.mask[i]
     states = token_states(policy, ro, i)                                       # (n, D)
     packed = token_logprobs(policy, states, ro.actions[i][mask], temperature)  # (n,)
@@ -116,8 +115,7 @@ def all_logprobs(policy: GPT, ro: Rollouts, cfg: PPOConfig):
 @torch.no_grad()
 def in_batches(function, ro: Rollouts, token_budget: int):
     """Apply `function`, which turns indices into (B, R), to all the responses; returns (N, R).
-    Batches hold responses of like length under a token budget, so short rows are not padded to the
-    longest of all."""
+    Batches hold responses of like length, so short rows are not padded to the longest of all."""
     result = torch.zeros_like(ro.logp)
     budget = tokens_at_once(token_budget, result.device)
     for batch in batches_by_length(ro.lengths.tolist(), budget):

@@ -63,8 +63,7 @@ class Learner:
         self.sampler = Sampler(self.policy, run.tok.end_of_turn, cfg.temperature, cfg.slots)
 
     def iterate(self, prompts: Prompts, iteration: int) -> dict:
-        """Run one iteration. Returns statistics of the responses, before the update, and of the
-        update."""
+        """Run one iteration. Returns statistics of its responses and of its update."""
         run, cfg, where = self.run, self.cfg, f"RLHF iteration {iteration}"
 
         # 1. Prompts.
