@@ -199,7 +199,8 @@ def test_elo_leads_are_in_errors_of_the_difference():
 # of this section read. It takes some 15 seconds on one core, a third of it for those models.
 
 RUNNER = """
-import runpy, sys, traceback
+import runpy, sys, torch, traceback
+torch.set_num_threads(1)  # tiny models: more threads would only wait for each other
 folder, *names = sys.argv[1:]
 sys.path.insert(0, folder)
 import lab  # puts the repository on the path
