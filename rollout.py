@@ -166,10 +166,7 @@ class Sampler:
         lengths = [len(prompt) for prompt in prompts]
         self._reserve(longest=max(lengths) + R, n_responses=N, max_response=R)
         self._refresh_weights()
-        self._clear()
-        self.uniforms[:N].copy_(uniforms)
-        limits = limits or [R] * N
-        self.limit[:N].copy_(torch.tensor([min(R, limit) for limit in limits]))
+        self._clear(uniforms, limits or [R] * N)
 
         # Short prompts first, so that prompts prefilled together have similar lengths, and early
         # steps read a short part of the cache.
@@ -342,8 +339,11 @@ class Sampler:
             for copied, original in zip(self.model.parameters(), self.policy.parameters()):
                 copied.copy_(original)
 
-    def _clear(self):
-        """Make all slots idle, and forget the last call's responses."""
+    def _clear(self, uniforms, limits: list[int]):
+        """Make all slots idle, forget the last call's responses, and take this call's inputs."""
+        N, R = uniforms.shape
+        self.uniforms[:N].copy_(uniforms)
+        self.limit[:N].copy_(torch.tensor(limits).clamp(max=R))
         self.response.fill_(self.idle_response)
         self.cache.lengths.zero_()
         self.count.zero_()

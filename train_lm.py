@@ -164,11 +164,7 @@ def train(run: Run, cfg: LMConfig):
 
     torch.manual_seed(run.rng("lm weights").getrandbits(62))
     model = run.prepare(GPT(run.model_config()).to(device))
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = make_optimizer(model, cfg)
     stage.start(model=model, optimizer=optimizer)
     run.tok.save(run.path("tokenizer.json"))
     print(f"[1] language model: {model.cfg.n_params():,} parameters, {len(rows):,} documents, "
@@ -196,6 +192,15 @@ def train(run: Run, cfg: LMConfig):
     stage.log(len(batches), test_loss=test_loss)
     print(f"    test loss {test_loss:.3f} nats a token")
     stage.end(**run.checkpoint(model))
+
+
+def make_optimizer(model: GPT, cfg: LMConfig) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
 
 
 @torch.no_grad()
