@@ -30,7 +30,7 @@ import train_pm
 import train_rl
 from data import ASSISTANT, HUMAN
 from model import GPT, SIZES, GPTConfig
-from pipeline import PIPELINE, Run, main
+from pipeline import PIPELINE, PRESETS, Run, main
 from run import file_hash, flag, load, save
 from stage import Folder, Stage
 from test_run import CONFIGS, Killed, broken_checkpoints, content, die_at_a_new_write
@@ -590,7 +590,7 @@ def test_help_documents_every_field(capsys, monkeypatch, script):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     out, err = capsys.readouterr()
     assert end.value.code == 0 and err == ""
-    assert re.search("^  tiny: --lm.documents 4000", out, re.M)
+    assert re.search(f"^  tiny: --lm.documents {PRESETS['tiny']['lm.documents']}", out, re.M)
     # One entry an option: "--name VALUE   help (default: x)", folded; the folds are taken out.
     entries, expected = dict(re.findall(r"^  (--[\w.-]+)(.*(?:\n {4,}.*)*)", out, re.M)), set()
     for prefix, config in list(CONFIGS.items())[:SCRIPTS[script][1] + 1]:
