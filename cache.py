@@ -59,8 +59,7 @@ def forward_cached(model: GPT, ids, cache: KVCache):
     positions, visible = positions_in(cache, ids)
     x = model.embed_at(ids, positions)  # (B, T, D)
     for layer, block in enumerate(model.blocks):
-        x = x + cached_attention(block, block.ln_1(x), cache, layer, positions, visible)
-        x = x + block.mlp(block.ln_2(x))
+        x = cached_block(block, x, cache, layer, positions, visible)
     return model.ln_f(x)
 
 
@@ -73,6 +72,12 @@ def positions_in(cache: KVCache, ids):
     # to an earlier response of the slot. They are hidden, and overwritten when this row gets there.
     visible = torch.arange(C, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, C)
     return positions, visible
+
+
+def cached_block(block: Block, x, cache: KVCache, layer: int, positions, visible):
+    """`Block.forward` with the attention below in place of its own; x (B, T, D) -> (B, T, D)."""
+    x = x + cached_attention(block, block.ln_1(x), cache, layer, positions, visible)
+    return x + block.mlp(block.ln_2(x))
 
 
 def cached_attention(block: Block, x, cache: KVCache, layer: int, positions, visible):
@@ -93,7 +98,6 @@ def prefill(model: GPT, ids, cache: KVCache):
     x = model.embed_at(ids, positions)
     last = len(model.blocks) - 1
     for layer, block in enumerate(model.blocks[:last]):
-        x = x + cached_attention(block, block.ln_1(x), cache, layer, positions, visible)
-        x = x + block.mlp(block.ln_2(x))
+        x = cached_block(block, x, cache, layer, positions, visible)
     _, k, v = model.blocks[last].queries_keys_values(model.blocks[last].ln_1(x))
     cache.write(last, positions, k, v)
