@@ -4,7 +4,7 @@ A bug in padding, positions, temperature or masks usually does not crash PPO: it
 So what must hold is checked in every iteration, up to rounding (float32 on the CPU, bf16 on a GPU),
 and the first violation ends the run with one sentence. The table "Is my run healthy?" in the README
 says what the statistics should look like. Read it in this order:
-  1. Checks      of the responses, the rewards, and the first step of an update
+  1. Checks      of the responses, the rewards, the frozen networks, an update's first step
   2. Statistics  of the responses before an update, and of the update; the log line
 
 Legend:  N responses   R response tokens   n tokens of many responses, packed
@@ -13,14 +13,22 @@ Legend:  N responses   R response tokens   n tokens of many responses, packed
 import torch
 
 from rollout import Rollouts
-from run import TrainingError
+from run import TrainingError, check_finite
 
 # ---- 1. Checks ---------------------------------------------------------------
 
 
-def check_rollout(ro: Rollouts, logp, ref_logp, where: str, is_first: bool):
-    """The log-probs recorded while sampling agree with those of the full forward pass (`logp`).
-    Before the first update the KL is 0."""
+def check_rollout(ro: Rollouts, logp, ref_logp, end_of_turn: int, where: str, is_first: bool):
+    """A response ends with its first end-of-turn token, and only then it is finished. The log-probs
+    recorded while sampling agree with those of the full forward pass (`logp`). Before the first
+    update the KL is 0."""
+    is_end = (ro.actions == end_of_turn) & ro.mask  # (N, R)
+    last = (ro.response_len - 1)[:, None]           # (N, 1)
+    if not torch.equal(is_end.gather(1, last)[:, 0], ro.finished):
+        raise TrainingError(f"{where}: a response counts as finished and does not end with the "
+                            "end-of-turn token, or the other way round")
+    if (is_end.sum(1) > ro.finished).any():
+        raise TrainingError(f"{where}: a response goes on after its end-of-turn token")
     on_cpu = ro.tokens.device.type == "cpu"
     gap = (ro.logp - logp)[ro.mask].abs().mean().item()
     if not gap <= (1e-4 if on_cpu else 5e-2):  # "not <=" stops NaN, too
@@ -34,9 +42,21 @@ def check_rollout(ro: Rollouts, logp, ref_logp, where: str, is_first: bool):
 
 def check_rewards(rewards, scores, logp, ref_logp, mask, kl_coef, where: str):
     """The rewards of a response add up to its score less the KL penalty."""
+    check_finite(where, score=scores.sum().item())
     total = scores - kl_coef * ((logp - ref_logp) * mask).sum(1)  # (N,)
     if not torch.allclose(rewards.sum(1), total.to(rewards.dtype), atol=1e-3):
         raise TrainingError(f"{where}: rewards don't add up to score - KL penalty")
+
+
+def checksum(model) -> float:
+    """A number that changes if the model does; float64."""
+    return sum(parameter.detach().double().sum().item() for parameter in model.parameters())
+
+
+def check_frozen(model, checksum_at_start: float, name: str, where: str):
+    """A reference that moves with the policy hides how far the policy has gone."""
+    if checksum(model) != checksum_at_start:
+        raise TrainingError(f"{where}: {name} has changed, and should be frozen")
 
 
 def check_first_ratio(logp, old_logp, where: str):

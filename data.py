@@ -26,7 +26,7 @@ from typing import Iterable, Iterator, Sequence
 import tiktoken
 import torch
 
-from run import UserError, progress, write_atomically
+from run import UserError, check_is_file, progress, write_atomically
 
 # ---- 1. Dialogues ------------------------------------------------------------
 
@@ -90,18 +90,27 @@ def split_comparison(chosen: str, rejected: str) -> tuple[tuple[str, str, str] |
     return (chosen[:end], chosen[end:], rejected[end:]), ""
 
 
+MAX_LINE = 2**24  # bytes; a small .gz file can hold a line of 3 GB. Real ones have some thousand
+
+
 def read_jsonl(path) -> Iterator[tuple[int, dict]]:
     """Yield (line number from 1, object) for each line of a .jsonl or .jsonl.gz file; blank lines
     are skipped. Raises UserError that names the file and, where possible, the line."""
     path, number = Path(path), 0
+    check_is_file(path)
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
         # Binary files break lines at "\n" only, so the numbers are those that an editor shows.
         with open_file(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise UserError(f"{path}:{number}: a line of more than {MAX_LINE:,} bytes")
                 if line.strip():
                     yield number, parse_json_object(line, f"{path}:{number}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if number == 0 and isinstance(error, gzip.BadGzipFile):
+            raise UserError(f"{path} is not a gzip file, in spite of its name") from error
         raise UserError(f"{path}: damaged or incomplete gzip file (readable up to line {number}): "
                         "download it again") from error
     except OSError as error:
@@ -111,7 +120,7 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
 def parse_json_object(line: bytes, place: str) -> dict:
     """The JSON object in `line`. Raises UserError that begins with `place`, "file:line"."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))  # "sig": some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
@@ -181,8 +190,8 @@ def load_comparisons(root, split: str, subsets: Sequence[str] | None = None
             rows, counters[name] = read_comparisons(files[name], kind)
             comparisons += rows
     if not counters:
-        raise UserError(f"no comparisons at {root}: expected a .jsonl[.gz] file, or a folder in "
-                        f"the official layout, with helpful-base/{split}.jsonl.gz in it")
+        raise UserError(f"no {split} comparisons at {root}: expected a .jsonl[.gz] file, or a "
+                        f"folder with files like helpful-base/{split}.jsonl.gz in it")
     if not comparisons:
         total = counts_line(sum(counters.values(), Counter()))
         raise UserError(f"{root}: no usable comparison in the split {split!r} ({total})")
@@ -350,6 +359,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path) -> "Tokenizer":
         """Raises UserError if the file is missing, is no tokenizer, or was changed."""
+        check_is_file(path)
         try:
             fields = json.loads(Path(path).read_bytes())
             tokens = [base64.b64decode(token, validate=True) for token in fields["tokens"]]

@@ -12,8 +12,11 @@ Read it in this order:
 """
 import argparse
 import dataclasses
-import sys
+import math
 from pathlib import Path
+
+from run import (  # before torch: Ctrl-C prints no traceback
+    UserError, check_finite, errors_in_one_sentence, load)
 
 import torch
 
@@ -26,7 +29,6 @@ from pipeline import Run, RunConfig
 from pm import ScalarModel
 from ppo import PPOConfig, all_logprobs, pm_scores
 from rollout import rollout
-from run import TrainingError, UserError, load
 from stage import read_config
 
 # ---- 1. Prompts --------------------------------------------------------------
@@ -109,6 +111,7 @@ def evaluate(run: Run, cfg: PPOConfig, policy: GPT, reference: GPT, pm: ScalarMo
     scores = pm_scores(pm, ro, run.tok.end_of_context, cfg).tolist()
     k1, _ = kl_estimates(all_logprobs(policy, ro, cfg), all_logprobs(reference, ro, cfg))
     kl = (k1 * ro.mask).sum(1).mean().item()
+    check_finite("evaluation", score=sum(scores), kl=kl)
     replies = [run.tok.decode(response) for response in ro.responses()]
     numbers = {"score_helpful": mean_of_kind(scores, prompts.kinds, "helpful"),
                "score_harmless": mean_of_kind(scores, prompts.kinds, "harmless")}
@@ -158,7 +161,11 @@ TITLES = {
 def table(before: dict, after: dict, names=("initial policy", "RLHF policy")) -> str:
     lines = [f"    {'held-out prompts':38} {names[0]:>14} {names[1]:>13}"]
     for key, title in TITLES.items():
-        if key in before:
+        if key not in before:
+            continue
+        # No prompts of this kind: real data may lack red-team prompts, for example.
+        is_missing = math.isnan(before[key]) and math.isnan(after[key])
+        if not is_missing:
             lines.append(f"    {title:38} {before[key]:14.3f} {after[key]:13.3f}")
     return "\n".join(lines)
 
@@ -237,11 +244,8 @@ def main():
     parser.add_argument("before", nargs="?", default="initial.pt", help="a language model there")
     parser.add_argument("after", nargs="?", default="policy.pt", help="another one, or a path")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (auto: a GPU if any)")
-    try:
+    with errors_in_one_sentence():
         command(**vars(parser.parse_args()))
-    except (UserError, TrainingError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -214,10 +214,8 @@ def export_gpt2(model: GPT, folder, tok: Tokenizer):
     On text that holds no special token, the exported tokenizer agrees with ours. Dialogues need our
     `encode_dialogue`, which works turn by turn and puts <|endoftext|> after the assistant's turns.
     """
+    check_export(folder)
     folder, cfg = Path(folder), model.cfg
-    if not can_export_to(folder):
-        raise UserError(
-            f"{folder} holds a config.json that is not a GPT-2's: export to a folder of its own")
     state = model.state_dict()
     tensors = {}
     for ours, theirs, transposed in tensor_names(cfg.n_layer):
@@ -234,6 +232,17 @@ def export_gpt2(model: GPT, folder, tok: Tokenizer):
     write_json(folder / "tokenizer.json", describe_tokenizer(tok))
     write_json(folder / "tokenizer_config.json", special)
     write_json(folder / "config.json", config)
+
+
+def check_export(folder):
+    """Raise UserError if a model cannot be exported to `folder`, which is made if need be."""
+    folder = Path(folder)
+    if not can_export_to(folder):
+        raise UserError(
+            f"{folder} holds a config.json that is not a GPT-2's: export to a folder of its own")
+    trial = folder / "config.json.tmp"
+    write_atomically(trial, b"")
+    trial.unlink()
 
 
 def can_export_to(folder: Path) -> bool:

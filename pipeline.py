@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hub
 from data import MIN_PROMPT, Tokenizer
+from memory import StageMemory, check_stage
 from model import GPT, SIZES, GPTConfig
 from pm import ScalarModel
 from run import UserError, choose_device, load, main as run_command
@@ -60,7 +61,8 @@ SPEED_OPTIONS = ("token_budget", "slots")
 RULES = {
     "may_be_zero": ("seed", "context", "warmup", "weight_decay", "kl_coef", "gamma", "gae_lambda",
                     "unfinished_penalty", "helpful", "harmless", "harmless_share",
-                    "harmless_weight", "slots", "token_budget", "cd.documents", "pmp.pairs"),
+                    "harmless_weight", "slots", "token_budget", "cd.documents", "pmp.pairs",
+                    "pm.comparisons"),
     "at_most_one": ("gamma", "gae_lambda", "harmless_share"),
 }
 
@@ -109,7 +111,8 @@ class Run(Folder):
         if self.context < MIN_PROMPT:
             raise UserError(f"--context {self.context} is too short for a dialogue: at least "
                             f"{MIN_PROMPT}")
-        self.tok: Tokenizer | None = None    # set by train_lm.train or load_tokenizer
+        self.tok: Tokenizer | None = None    # set by `use_tokenizer`
+        self.checks = []                     # functions that `use_tokenizer` calls
         self.shape: GPTConfig | None = None  # of the models; set only with --init
         name = cfg.preset or Path(cfg.data).resolve().name.split(".")[0]
         options = {}
@@ -125,9 +128,51 @@ class Run(Folder):
             raise UserError(f"{option} {max_response} leaves no room for a prompt in --context "
                             f"{self.context}")
 
+    def check_memory(self, lm, cd, pmp=None, pm=None, rl=None):
+        """Raise UserError if a stage that this command will run takes more memory than is free.
+        Arguments: the options of the command's stages."""
+        if self.tok is not None:
+            shape = self.model_config()
+        elif self.cfg.init and self.cfg.init not in SIZES:
+            # A path: stage 1 will find out the shape.
+            self.checks.append(lambda: self.check_memory(lm, cd, pmp, pm, rl))
+            return
+        else:
+            n_vocab = lm.vocab if self.tokenizer_name() == "bpe" else SIZES["gpt2"].vocab_size
+            shape = dataclasses.replace(SIZES[self.cfg.init or self.cfg.size],
+                                        vocab_size=n_vocab, context=self.context)
+        rows = int(self.toy)  # for real data these options are only upper limits
+        stages = {}
+        if not self.cfg.init:
+            stages["lm"] = StageMemory(1, 0, rows * lm.documents, step_tokens=lm.step_tokens)
+        stages["cd"] = StageMemory(1, 1, rows * cd.documents)
+        if pmp is not None:
+            stages["pmp"] = StageMemory(1, 0, rows * pmp.pairs, token_budget=pmp.token_budget)
+        if pm is not None:
+            n_pairs = pm.helpful + pm.harmless + 2 * pm.test
+            stages["pm"] = StageMemory(1, 0, rows * n_pairs, token_budget=pm.token_budget)
+        if rl is not None:
+            stages["rl"] = StageMemory(2, 2, max(rl.batch, rl.eval_prompts), slots=rl.slots,
+                                       token_budget=rl.token_budget)
+        for name, stage in stages.items():
+            is_done = self.has(self.pipeline[name][0]) and not self.has(f"{name}_state.pt")
+            if not is_done:
+                check_stage(name, shape, stage, self.cfg.recompute, self.device)
+
+    def tokenizer_name(self) -> str:
+        if self.cfg.tokenizer != "auto":
+            return self.cfg.tokenizer
+        return "bpe" if self.toy else "gpt2"
+
+    def use_tokenizer(self, tok: Tokenizer):
+        """Encode with `tok` from now on, and find out at once what would stop a later stage."""
+        self.tok = tok
+        for check in self.checks:
+            check()
+
     def load_tokenizer(self):
         """Load the tokenizer that stage 1 saved."""
-        self.tok = Tokenizer.load(self.path("tokenizer.json"))
+        self.use_tokenizer(Tokenizer.load(self.path("tokenizer.json")))
 
     def model_config(self) -> GPTConfig:
         """The shape of every model: --size, or that of the weights that --init names."""

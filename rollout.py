@@ -4,7 +4,6 @@ Read it in this order:
   1. Rollouts       what comes out, and the indexing that PPO relies on
   2. plain_rollout  the obvious loop. If you only want PPO, you may stop after it
   3. Sampler        returns the same, token for token (up to rounding), several times faster
-  4. Memory         what a number of slots takes, and how many slots fit
 
 Sampling is most of RLHF's time, and the plain loop wastes most of that: it reads the prompt again
 for each token, and waits for the longest response. The Sampler caches keys and values, and starts a
@@ -25,7 +24,8 @@ import torch.nn.functional as F
 
 from cache import KVCache, forward_cached, prefill
 from data import batches_by_length, pad
-from model import GPT, GPTConfig, sample
+from memory import PREFILL_TOKENS, fitting_slots
+from model import GPT, sample
 from run import UserError, autocast
 
 # ---- 1. Rollouts -------------------------------------------------------------
@@ -113,11 +113,7 @@ def plain_rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: 
 
 # ---- 3. Sampler --------------------------------------------------------------
 
-PREFILL_TOKENS = 8192  # tokens that one prefill batch holds
-BUCKET = 32            # steps read a multiple of this many cache positions, or the whole cache
-# On a CPU, sampling gains little from more than about 64 rows. On a GPU, more rows share one
-# reading of the weights.
-MOST_SLOTS = {"cpu": 64, "cuda": 512}
+BUCKET = 32  # steps read a multiple of this many cache positions, or the whole cache
 
 
 class Sampler:
@@ -382,53 +378,3 @@ def _round_up(n: int) -> int:
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
-
-
-# ---- 4. Memory ---------------------------------------------------------------
-
-
-def memory(cfg: GPTConfig, slots: int, size: int, device="cpu") -> dict[str, int]:
-    """Bytes that sampling takes besides the policy itself, for slots of up to `size` tokens."""
-    on_gpu = torch.device(device).type == "cuda"
-    number_bytes = 2 if on_gpu else 4  # bf16 on a GPU, else float32
-    token_bytes = 2 * cfg.n_layer * cfg.d_model * number_bytes  # keys and values
-    n_matrix_params = 12 * cfg.n_layer * cfg.d_model**2
-    # Prefill needs, for each token: its cache entry; a row of the attention mask, 1 byte as bool
-    # and 4 as float; and at a block's widest point 14 D floats: x, LN(x), q, k, v, the attention's
-    # output, and 4 D twice.
-    prefill_bytes = token_bytes + 5 * size + 14 * cfg.d_model * 4
-    n_logit_copies = 4  # logits, log-probs, probabilities, their sums
-    copy_bytes = 2 * n_matrix_params + 4 * (cfg.n_params() - n_matrix_params)
-    return {
-        "cache": slots * size * token_bytes,
-        "logits": n_logit_copies * slots * cfg.vocab_size * 4,
-        "prefill": max(PREFILL_TOKENS, size) * prefill_bytes,
-        "copy": copy_bytes if on_gpu else 0,
-    }
-
-
-def free_memory(device) -> float:
-    """Bytes that can still be allocated; infinity where the system does not say."""
-    if torch.device(device).type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo") as file:  # Linux
-            return 1024 * int(file.read().split("MemAvailable:")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        return float("inf")
-
-
-def fitting_slots(cfg: GPTConfig, size: int, device="cpu", budget: float = 0.0) -> int:
-    """Return the largest power of two, at most MOST_SLOTS, whose memory fits into `budget` bytes
-    (0: half of what is free). Raises UserError if not even one slot fits."""
-    budget = budget or free_memory(device) / 2
-    slots = MOST_SLOTS[torch.device(device).type]
-    while slots > 1 and sum(memory(cfg, slots, size, device).values()) > budget:
-        slots //= 2
-    needed = sum(memory(cfg, slots, size, device).values())
-    if needed > budget:
-        raise UserError(f"sampling rows of {size} tokens takes {needed / 2**30:.1f} GiB for one "
-                        f"slot, and {budget / 2**30:.1f} GiB are available; use a smaller --size "
-                        "or --context")
-    return slots

@@ -17,10 +17,23 @@ import io
 import math
 import os
 import re
+import stat
 import sys
+import textwrap
 import zlib
 from pathlib import Path
 from random import Random
+
+
+def _print_no_traceback_for_ctrl_c(kind, error, traceback):
+    """Ctrl-C is not an error. Python calls this function for every exception that ends it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped; a training command continues with --resume", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _print_no_traceback_for_ctrl_c  # here, because torch takes a second to load
 
 import torch
 from tqdm import tqdm
@@ -45,7 +58,15 @@ def check_finite(where: str, **numbers: float):
             raise TrainingError(f"{where}: {words}; the last good checkpoint is kept")
 
 
+def first_sentence(error: Exception) -> str:
+    """What a library's error says, in at most 100 characters; cut between words."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0].split(". ")[0], 100, placeholder=" ...")
+
+
 # ---- 2. Options --------------------------------------------------------------
+
+LARGEST_COUNT = 10**9  # of anything: a count above it is a slip of the finger
 
 
 def options(description: str, configs: dict, presets: dict | None = None,
@@ -56,7 +77,8 @@ def options(description: str, configs: dict, presets: dict | None = None,
     get no prefix. The comment after a field is its help text.
     presets: {name: {"rl.lr": value, ...}}; options on the command line override it.
     may_be_zero, at_most_one: fields that may be 0, and fields that are at most 1. All numbers are
-    above 0 otherwise. Raises UserError for a number out of range."""
+    above 0 otherwise, and whole numbers but seeds are at most LARGEST_COUNT. Raises UserError for
+    a number out of range."""
     presets = presets or {}
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help,
                                      epilog=_describe(presets))
@@ -104,12 +126,18 @@ def _check_range(name: str, value, may_be_zero: tuple[str, ...], at_most_one: tu
     is_share = field in at_most_one
     zero_is_fine = field in may_be_zero or name in may_be_zero
     big_enough = value > 0 or (zero_is_fine and value == 0)
-    small_enough = value <= 1 or not is_share
-    if math.isfinite(value) and big_enough and small_enough:
+    most = math.inf
+    if is_share:
+        most = 1
+    elif isinstance(value, int) and field != "seed":
+        most = LARGEST_COUNT
+    if math.isfinite(value) and big_enough and value <= most:
         return
     rule = "must be at least 0" if zero_is_fine else "must be above 0"
     if is_share:
         rule += " and at most 1"
+    elif value > most:
+        rule = f"must be at most {most:,}"
     raise UserError(f"{flag(name)} {value}: {rule}")
 
 
@@ -137,24 +165,37 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def main(command, description: str, configs: dict, **rules):
-    """Parse the options and run a command. A user's mistake or failed training ends the program
-    with one sentence and status 2. `options` explains `configs` and `rules`."""
-    name = Path(sys.argv[0]).name
-    try:
+    """Parse the options and run a command. `options` explains `configs` and `rules`."""
+    with errors_in_one_sentence():
         command(**options(description, configs, **rules))
+
+
+@contextlib.contextmanager
+def errors_in_one_sentence():
+    """A user's mistake, failed training or a lack of memory ends the program with one sentence and
+    status 2. Other exceptions are bugs of ours, and keep their traceback."""
+    name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without a character shows "?"
+    try:
+        yield
     except (UserError, TrainingError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        print(f"{name}: out of GPU memory ({reason}): add --resume and --recompute, or choose a "
-              "smaller token budget or fewer slots (see --help); the run then continues from the "
-              "last checkpoint", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: out of memory ({first_sentence(error)}): add --resume and --recompute, or "
+              "choose a smaller token budget, fewer slots or a smaller --size (see --help); with "
+              "--resume the run continues from the last checkpoint", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume continues from the last checkpoint",
-              file=sys.stderr)
-        sys.exit(130)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Python, the GPU and torch's CPU allocator say it in three ways."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "not enough memory" in str(error)
 
 
 # ---- 3. Randomness -----------------------------------------------------------
@@ -245,16 +286,38 @@ def save(path: Path, **content):
     write_atomically(path, buffer.getbuffer())
 
 
+def check_is_file(path):
+    """Raise UserError unless `path` is a regular file. Reading a pipe might wait forever, and
+    reading a device might never end."""
+    try:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not is_file:
+        raise UserError(f"{path} is not a file")
+
+
+def read_text(path) -> str:
+    check_is_file(path)
+    try:
+        return Path(path).read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 def load(path: Path) -> dict:
     """Read a checkpoint to the CPU. Nothing in it can run code (weights_only)."""
+    check_is_file(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(saved).__name__}"
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except Exception as error:  # a truncated zip, a pickle with code, ...: torch raises many types
+        if is_out_of_memory(error):
+            raise
         saved = None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        reason = first_sentence(error)
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not a checkpoint of this project ({reason})")
     return saved
@@ -264,6 +327,7 @@ def file_hash(paths) -> str:
     """One short hash for each file, joined by spaces; "" if there are no files."""
     hashes = []
     for path in paths:
+        check_is_file(path)
         try:
             hashes.append(hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16])
         except OSError as error:

@@ -16,13 +16,18 @@ This file knows nothing about models or RLHF. A trainer uses a stage like this (
 While it runs, a stage keeps <stage>_state.pt. --resume restores from this file the networks, the
 optimizer, the step and the number of metrics lines. No generator state is needed: step 30 of a
 resumed run draws the random numbers that step 30 always draws (run.rng). Without --resume the
-stage starts over. Read the file in this order:
+stage starts over.
+
+No destroyed weights are saved. A step finds out that the last update has led to NaN, so a state
+waits in <stage>_state.next.pt until the step after it is done. After the last step the stage must
+check what it measures (run.check_finite) before it calls `end`. Read the file in this order:
   1. Folder  which result depends on which, and whether a result can be used
   2. Stage   its methods, in the order in which they run
 """
 import dataclasses
 import json
 import math
+import os
 import time
 from pathlib import Path
 from random import Random
@@ -30,9 +35,18 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from run import UserError, file_hash, flag, load, rng, save, torch_rng, write_atomically
+from run import (UserError, file_hash, first_sentence, flag, load, read_text, rng, save, torch_rng,
+                 write_atomically)
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs in one folder are not noticed
+    fcntl = None
 
 # ---- 1. Folder ---------------------------------------------------------------
+
+
+_locks = {}  # folder -> its open lock file; the system unlocks it when this process ends or dies
 
 
 class Folder:
@@ -93,8 +107,27 @@ class Folder:
         print(f"{stage.result} is there and used as it is" + stage.ignored_note())
         return True
 
+    def lock(self):
+        """Keep other processes from training in this folder until this one ends. Raises UserError
+        if one already does."""
+        folder = self.out.resolve()
+        if folder in _locks or fcntl is None:
+            return
+        try:
+            file = open(self.path(".lock"), "w")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is working in {self.out}: wait until it ends, or use "
+                            "another --out") from None
+        except OSError:
+            return  # a disk without locks, or one that nobody can write to, as `save` will say
+        _locks[folder] = file
+
     def check_options(self):
-        """Raise UserError if the folder was made with other options that all stages share."""
+        """Raise UserError if the folder was made with other options that all stages share, or if
+        another process is working in it."""
+        if self.out.is_dir():  # `record` makes it otherwise
+            self.lock()
         changes = _changes(read_config(self.out).get("run", {}), self.options, prefix="run")
         if changes:
             raise UserError(f"{self.out} was made with other options ({changes}): "
@@ -127,8 +160,8 @@ def read_config(out: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        config = json.loads(path.read_text())
-    except (ValueError, OSError):
+        config = json.loads(read_text(path))
+    except ValueError:
         config = None
     if not isinstance(config, dict) or not all(isinstance(v, dict) for v in config.values()):
         raise UserError(f"{path} is not a config of this project; use another --out")
@@ -145,6 +178,7 @@ class Stage:
         self.folder, self.name, self.cfg = folder, name, cfg
         self.result, self.parents = result, parents
         self.state_path = folder.path(f"{name}_state.pt")
+        self.next_state_path = folder.path(f"{name}_state.next.pt")
         self.metrics_path = folder.path("metrics.jsonl")
         self.parent_hash = file_hash(parents)  # taken before this run reads them
         self.state: dict | None = None         # what an interrupted run saved
@@ -191,6 +225,11 @@ class Stage:
     def record(self):
         """Write this stage's options to config.json, and an empty state, which marks an older
         result as stale. `start` calls it; the toy's PM calls it earlier, before sampling."""
+        try:
+            self.folder.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self.folder.out}: {error.strerror}") from None
+        self.folder.lock()
         if self.state is None:  # a fresh start: no older state may outlive its options
             save(self.state_path, stage=self.name)
         config = read_config(self.folder.out)
@@ -205,9 +244,13 @@ class Stage:
         self.record()
         self.parts = parts
         if self.state is not None:
-            for name, part in parts.items():
-                part.load_state_dict(self.state["parts"][name])
-            self.first_step, self.n_lines = self.state["step"], self.state["lines"]
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(self.state["parts"][name])
+                self.first_step, self.n_lines = self.state["step"], self.state["lines"]
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{self.state_path} does not fit this stage "
+                                f"({first_sentence(error)}); delete it to start over") from None
             self.state = None  # frees the memory
         self._trim_metrics()
 
@@ -215,18 +258,20 @@ class Stage:
         return f", from step {self.first_step}" if self.first_step else ""
 
     def steps(self, items, save_every: int, unit: str = "step"):
-        """Yield (step, item) for each remaining step, with a progress bar. The state is saved
-        before step 0, before every `save_every`-th step, and after the last one."""
+        """Yield (step, item) for each remaining step, with a progress bar. Before step 0 and every
+        `save_every`-th step the state is written, and after that step it becomes the state to
+        resume from."""
         self.n_steps = len(items)
         with tqdm(desc=self.name, unit=unit, initial=self.first_step, total=self.n_steps,
                   leave=False, disable=None) as self.bar:  # disable=None: only in a terminal
             for step in range(self.first_step, self.n_steps):
                 if step % save_every == 0:
-                    self._save_state(step)
+                    self._save_next_state(step)
                 yield step, items[step]
+                if step % save_every == 0:
+                    os.replace(self.next_state_path, self.state_path)
                 self.bar.update()
         self.bar = None
-        self._save_state(self.n_steps)
 
     def log(self, step: int, every: int = 1, **numbers):
         """Append a line to metrics.jsonl, at every `every`-th step and at the last one.
@@ -250,31 +295,34 @@ class Stage:
         """Write the result, and delete the state."""
         save(self.result, **content, parents=self.parent_hash)
         self.state_path.unlink(missing_ok=True)
+        self.next_state_path.unlink(missing_ok=True)  # of an attempt that failed
         print(f"    -> {self.result}  ({time.perf_counter() - self.clock:.0f} s)")
 
-    def _save_state(self, step: int):
+    def _save_next_state(self, step: int):
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save(self.state_path, stage=self.name, parents=self.parent_hash, step=step,
+        save(self.next_state_path, stage=self.name, parents=self.parent_hash, step=step,
              lines=self.n_lines, parts=parts)
 
     def _trim_metrics(self):
         """Drop the lines that this stage wrote after its last saved state (all, if it starts
         over), and the lines of the stages that depend on it."""
         descendants = self.folder.descendants(self.name)
-        kept, n_own = [], 0
+        lines = []
         if self.metrics_path.exists():
-            for line in self.metrics_path.read_text(errors="replace").splitlines():
-                try:
-                    line_stage = json.loads(line)["stage"]
-                except (ValueError, TypeError, KeyError):
-                    continue  # cut short when a run was killed
-                if line_stage in descendants:
+            lines = read_text(self.metrics_path).splitlines()
+        kept, n_own = [], 0
+        for line in lines:
+            try:
+                line_stage = json.loads(line)["stage"]
+            except (ValueError, TypeError, KeyError):
+                continue  # cut short when a run was killed
+            if line_stage in descendants:
+                continue
+            if line_stage == self.name:
+                n_own += 1
+                if n_own > self.n_lines:
                     continue
-                if line_stage == self.name:
-                    n_own += 1
-                    if n_own > self.n_lines:
-                        continue
-                kept.append(line + "\n")
+            kept.append(line + "\n")
         write_atomically(self.metrics_path, "".join(kept).encode())
 
 

@@ -26,6 +26,9 @@ import copy
 import math
 from dataclasses import dataclass
 
+from run import (  # before torch: Ctrl-C prints no traceback
+    UserError, autocast, check_finite, logits_at_once, progress, tokens_at_once)
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -38,8 +41,6 @@ from data import (MIN_PROMPT, Tokenizer, batches_by_length, counts_line, gpt2_to
 from model import GPT, token_logprobs
 from pipeline import Run, RunConfig, main
 from rollout import rollout
-from run import (UserError, autocast, check_finite, logits_at_once, progress,
-                 tokens_at_once)
 
 
 @dataclass
@@ -102,11 +103,8 @@ def encode(tok: Tokenizer, texts: list[str], longest: int) -> tuple[list[list[in
 
 
 def make_tokenizer(run: Run, cfg: LMConfig, texts: list[str]) -> Tokenizer:
-    """The tokenizer that --tokenizer asks for; "auto" trains a BPE for the toy only."""
-    name = run.cfg.tokenizer
-    if name == "auto":
-        name = "bpe" if run.toy else "gpt2"
-    if name == "gpt2":
+    """The tokenizer that --tokenizer asks for."""
+    if run.tokenizer_name() == "gpt2":
         return gpt2_tokenizer()
     if cfg.vocab < 300:
         raise UserError(f"--lm.vocab {cfg.vocab} is too small for 256 bytes, 2 special tokens and "
@@ -156,12 +154,11 @@ def train(run: Run, cfg: LMConfig):
     if stage.state is not None:  # the saved weights belong to the saved tokenizer
         run.load_tokenizer()
     else:
-        run.tok = make_tokenizer(run, cfg, texts)
+        run.use_tokenizer(make_tokenizer(run, cfg, texts))
     rows, n_cut = encode(run.tok, texts, run.context)
     test_rows, _ = encode(run.tok, test_texts, run.context)
     lengths = [len(row) for row in rows]
     batches = batches_by_length(lengths, cfg.step_tokens, run.torch_rng("lm batches"))
-
     torch.manual_seed(run.rng("lm weights").getrandbits(62))
     model = run.prepare(GPT(run.model_config()).to(device))
     optimizer = make_optimizer(model, cfg)
@@ -189,6 +186,7 @@ def train(run: Run, cfg: LMConfig):
 
     model.eval()
     test_loss = mean_loss(model, test_rows, device)
+    check_finite("LM after its last step", test_loss=test_loss)
     stage.log(len(batches), test_loss=test_loss)
     print(f"    test loss {test_loss:.3f} nats a token")
     stage.end(**run.checkpoint(model))
@@ -216,9 +214,10 @@ def use_pretrained(run: Run, stage):
     """Stage 1 with --init: keep GPT-2's weights as they are. As in HH (§1.3), no stage finetunes on
     demonstrations."""
     path = hub.gpt2_weights(run.cfg.init)
-    run.tok = gpt2_tokenizer()
-    model = hub.load_gpt2(path, run.tok.n_vocab, run.context)
+    tok = gpt2_tokenizer()
+    model = hub.load_gpt2(path, tok.n_vocab, run.context)
     run.shape = model.cfg
+    run.use_tokenizer(tok)
     stage.start()
     run.tok.save(run.path("tokenizer.json"))
     print(f"[1] language model: {model.cfg.n_params():,} parameters from {path}")
@@ -315,10 +314,6 @@ def distill(run: Run, cfg: CDConfig):
         return
     prompt = distilled_prompt(run)
     room = run.context - len(prompt)
-    if room < MIN_PROMPT:
-        raise UserError(f"--context {run.context} is too short for the prompt of {len(prompt)} "
-                        "tokens that is distilled; use a longer --context, or skip distillation "
-                        "with --cd.documents 0")
     rows, n_cut = encode(run.tok, corpus(run, cfg.documents, "train", "cd"), room)
     test_texts = corpus(run, min(cfg.documents, 500), "test", "cd")
     test_rows, _ = encode(run.tok, test_texts, room)
@@ -354,6 +349,7 @@ def measure(run: Run, student: GPT, teacher: GPT, prompt: list[int], rows, top: 
     """Print and return the KL before and after distillation and, in the toy, what the models do."""
     kl_before = mean_kl(teacher, teacher, prompt, rows, top, run.device)
     kl_after = mean_kl(student, teacher, prompt, rows, top, run.device)
+    check_finite("distillation after its last step", kl=kl_after)
     print(f"    test KL from the prompted LM: {kl_before:.4f} nats a token before, "
           f"{kl_after:.4f} after")
     columns = {}
@@ -373,6 +369,15 @@ def distilled_prompt(run: Run) -> list[int]:
     if run.cfg.init:
         return run.tok.encode(HHH_PROMPT)
     return run.tok.encode_dialogue(HHH_PROMPT)
+
+
+def check_distilled_prompt(run: Run):
+    """Raise UserError if the prompt leaves no room for a document."""
+    prompt = distilled_prompt(run)
+    if run.context - len(prompt) < MIN_PROMPT:
+        raise UserError(f"--context {run.context} is too short for the prompt of {len(prompt)} "
+                        "tokens that is distilled; use a longer --context, or skip distillation "
+                        "with --cd.documents 0")
 
 
 @torch.no_grad()
@@ -412,6 +417,12 @@ def print_behavior(columns: dict[str, dict]):
 # ---- 4. Commands -------------------------------------------------------------
 
 
+def check_early(run: Run, cd: CDConfig):
+    """Find out before any training whether stage 2 can run. Every command calls this first."""
+    if cd.documents > 0:
+        run.checks.append(lambda: check_distilled_prompt(run))
+
+
 def ensure(run: Run, lm: LMConfig, cd: CDConfig):
     """Run stages 1 and 2 if their results are missing. Later stages call this."""
     if run.reuse("lm", lm):
@@ -424,6 +435,8 @@ def ensure(run: Run, lm: LMConfig, cd: CDConfig):
 
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig):
     folder = Run(run)  # `run` holds the options, `folder` is the Run
+    folder.check_memory(lm, cd)
+    check_early(folder, cd)
     train(folder, lm)
     if folder.tok is None:
         folder.load_tokenizer()

@@ -24,6 +24,9 @@ Papers: HH = Bai et al. 2022 (arXiv 2204.05862), and every § or App. without a 
 from collections import Counter
 from dataclasses import dataclass
 
+from run import (  # before torch: Ctrl-C prints no traceback
+    UserError, autocast, check_finite, progress, tokens_at_once)
+
 import torch
 
 import toy
@@ -34,8 +37,8 @@ from model import GPT
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_rows
 from rollout import rollout
-from run import UserError, autocast, check_finite, progress, tokens_at_once
-from train_lm import CDConfig, LMConfig, ensure as ensure_lm, set_lr
+from train_lm import (CDConfig, LMConfig, check_early as check_lm_early, ensure as ensure_lm,
+                      set_lr)
 
 
 @dataclass
@@ -52,6 +55,7 @@ class PMPConfig:
 
 @dataclass
 class PMConfig:
+    comparisons: int = 0        # real data: at most this many of each split (0: all of them)
     helpful: int = 12000        # toy: comparisons on helpful prompts (HH static: 96k)
     harmless: int = 6000        # toy: comparisons on red-team prompts (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
@@ -98,6 +102,10 @@ def collect(run: Run, cfg: PMConfig, policy: GPT, kind: str, split: str,
             kept.append(toy.label(prompt, a, b, kind, rng, cfg.noise))
     counts["kept"] = len(kept)
     print(f"    sampled {kind} {split}: {counts_line(counts)}")
+    if not kept:
+        raise UserError(f"none of the {n:,} pairs of {kind} replies can be compared "
+                        f"({counts_line(counts)}): the initial policy knows too little. Give it "
+                        "more --lm.documents, or longer replies (--pm.max-response)")
     return kept
 
 
@@ -119,6 +127,10 @@ def comparisons(run: Run, cfg: PMConfig, split: str) -> list[Comparison]:
         return load_comparisons(run.path("comparisons"), split)[0]
     found, counts = load_comparisons(run.data, split, run.subsets)
     print_counts(counts, split)
+    if cfg.comparisons and len(found) > cfg.comparisons:
+        print(f"    {len(found) - cfg.comparisons:,} of {len(found):,} {split} comparisons left "
+              "out by --pm.comparisons")
+        found = run.rng("comparisons", split).sample(found, cfg.comparisons)
     return found
 
 
@@ -203,6 +215,9 @@ def fit(run: Run, stage, cfg, pm: ScalarModel, pairs: EncodedPairs, weights):
         optimizer.step()
         stage.log(step, every=10, loss=loss, accuracy=hits / len(batch))
     pm.eval()
+    # Each step's loss checks the update before it. After the last update, a few scores do.
+    scores = score_rows(pm, pairs.chosen[:cfg.batch], cfg.token_budget, run.device)
+    check_finite(f"{stage.name.upper()} after its last step", score=scores.sum().item())
 
 
 def index_batches(pairs: EncodedPairs, batch, token_budget: int, device):
@@ -243,8 +258,6 @@ def pretrain(run: Run, cfg: PMPConfig):
     stage = run.begin("pmp", cfg)
     if stage is None:
         return
-    if run.toy and cfg.data:
-        raise UserError("--pmp.data is for real data; the toy world has upvotes of its own")
     pm = from_lm(run)
     is_skipped = cfg.pairs == 0 if run.toy else cfg.data == ""
     if is_skipped:
@@ -298,8 +311,6 @@ def train(run: Run, cfg: PMConfig):
     stage = run.begin("pm", cfg)
     if stage is None:
         return
-    if run.toy and cfg.helpful + cfg.harmless == 0:
-        raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
     pm = run.prepare(run.load_model("pmp.pt"))
     if run.toy:
         stage.record()  # before the comparisons are sampled: from here on the old PM is stale
@@ -344,6 +355,52 @@ def delete_comparisons(run: Run):
 # ---- 5. Commands -------------------------------------------------------------
 
 
+def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
+    """Find out before any training whether stages 2 to 4 can run, in as far as options and data
+    tell. Every command that trains a preference model calls this first."""
+    check_lm_early(run, cd)
+    if run.toy:
+        if pmp.data:
+            raise UserError("--pmp.data is for real data; the toy world has upvotes of its own")
+        if pm.helpful + pm.harmless == 0:
+            raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
+        if pm.helpful == 0 and pm.harmless_weight == 0:
+            raise UserError("--pm.helpful 0 --pm.harmless-weight 0 leave nothing to train on")
+        run.check_room("--pm.max-response", pm.max_response)
+        run.checks.append(lambda: check_toy_prompts(run, "--pm.max-response", pm.max_response))
+    else:
+        if pmp.data:
+            run.checks.append(lambda: check_comparisons(run, pmp.data, "train"))
+        for split in ("train", "test"):
+            run.checks.append(lambda split=split: check_comparisons(run, run.data, split))
+
+
+def check_toy_prompts(run: Run, option: str, max_response: int):
+    """Raise UserError if a prompt leaves no room for a response. A tokenizer that learned few
+    merges needs many tokens for a text."""
+    rng = run.rng("check prompts")
+    longest = 0
+    for i in range(1000):
+        kind = "harmless" if i % 3 == 0 else "helpful"
+        prompt = toy_corpus.draw_prompt(rng, kind, held_out=i % 2 == 0)
+        longest = max(longest, len(run.tok.encode_dialogue(prompt)))
+    if longest + max_response >= run.context:  # the PM appends one more token
+        raise UserError(f"a prompt of {longest} tokens and {option} {max_response} do not fit a "
+                        f"--context of {run.context}: use a longer one, or a larger --lm.vocab, "
+                        "which makes prompts shorter")
+
+
+def check_comparisons(run: Run, data: str, split: str):
+    """Raise UserError if a split of real data has no comparison that fits the context."""
+    subsets = run.subsets if data == run.data else None
+    found, _ = load_comparisons(data, split, subsets)
+    for comparison in found:
+        if encode_comparison(run.tok, comparison, run.context) is not None:
+            return
+    raise UserError(f"no {split} comparison of {data} fits a context of {run.context} tokens; try "
+                    "a larger --context")
+
+
 def ensure_pmp(run: Run, lm: LMConfig, cd: CDConfig, pmp: PMPConfig):
     """Run stages 1 to 3 if their results are missing."""
     ensure_lm(run, lm, cd)
@@ -360,8 +417,8 @@ def ensure(run: Run, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
 
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
     folder = Run(run)  # `run` holds the options, `folder` is the Run
-    if folder.toy:
-        folder.check_room("--pm.max-response", pm.max_response)
+    folder.check_memory(lm, cd, pmp, pm)
+    check_early(folder, cd, pmp, pm)
     ensure_pmp(folder, lm, cd, pmp)
     train(folder, pm)
 

@@ -18,11 +18,14 @@ import copy
 import time
 from dataclasses import dataclass
 
+from run import write_atomically  # before torch: Ctrl-C prints no traceback
+
 import torch
 from tqdm import tqdm
 
 import hub
-from checks import check_rewards, check_rollout, log_line, rollout_statistics
+from checks import (check_frozen, check_rewards, check_rollout, checksum, log_line,
+                    rollout_statistics)
 from evaluate import Prompts, evaluate, mean_truth, side_by_side, table, with_eval_prefix
 from model import GPT
 from pipeline import Run, RunConfig, main
@@ -30,9 +33,8 @@ from pm import ScalarModel
 from ppo import (Experience, PPOConfig, all_logprobs, all_values, gae, pm_scores, shaped_rewards,
                  update, whiten)
 from rollout import Sampler
-from run import write_atomically
 from train_lm import CDConfig, LMConfig
-from train_pm import PMConfig, PMPConfig, ensure
+from train_pm import PMConfig, PMPConfig, check_early, check_toy_prompts, ensure
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Learner:
         # HH does not state the optimizer. betas: InstructGPT; eps: OpenAI (utils/core.py).
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
         self.sampler = Sampler(self.policy, run.tok.end_of_turn, cfg.temperature, cfg.slots)
+        self.checksums = checksum(reference), checksum(pm)
 
     def iterate(self, prompts: Prompts, iteration: int) -> dict:
         """Run one iteration. Returns statistics of its responses and of its update."""
@@ -82,7 +85,7 @@ class Learner:
         #    update's. What the sampler recorded went through the cache and differs by rounding.
         logp = all_logprobs(self.policy, ro, cfg)                                         # (N, R)
         ref_logp = all_logprobs(self.reference, ro, cfg)                                  # (N, R)
-        check_rollout(ro, logp, ref_logp, where, is_first=iteration == 0)
+        check_rollout(ro, logp, ref_logp, run.tok.end_of_turn, where, is_first=iteration == 0)
         rewards = shaped_rewards(scores, logp, ref_logp, ro.mask, cfg.kl_coef)            # (N, R)
         check_rewards(rewards, scores, logp, ref_logp, ro.mask, cfg.kl_coef, where)
 
@@ -97,6 +100,8 @@ class Learner:
         experience = Experience(logp, old_values, whiten(advantages, ro.mask), returns)
         statistics |= update(self.policy, self.critic, self.optimizer, ro, experience, cfg,
                              run.torch_rng("minibatches", iteration), where)
+        check_frozen(self.reference, self.checksums[0], "the reference", where)
+        check_frozen(self.pm, self.checksums[1], "the preference model", where)
         if run.toy:
             statistics["truth"] = mean_truth(run, batch, ro)
         return statistics  # Step 7, log and evaluate, is in `train`.
@@ -148,7 +153,14 @@ def train(run: Run, cfg: RLConfig):
 
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl: RLConfig):
     folder = Run(run, can_export=True)  # `run` holds the options, `folder` is the Run
+    folder.check_memory(lm, cd, pmp, pm, rl)
     folder.check_room("--rl.max-response", rl.max_response)
+    check_early(folder, cd, pmp, pm)
+    if folder.toy:
+        folder.checks.append(
+            lambda: check_toy_prompts(folder, "--rl.max-response", rl.max_response))
+    if run.export:
+        hub.check_export(run.export)
     ensure(folder, lm, cd, pmp, pm)
     train(folder, rl)
     if run.export:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from run import UserError
+from run import UserError, check_is_file, first_sentence, is_out_of_memory
 
 # ---- 1. Reading safetensors --------------------------------------------------
 # The format: 8 bytes give the header's length. The JSON header gives each tensor's dtype, shape
@@ -192,6 +192,7 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if path.is_dir():
         path = find_weights(path)
+    check_is_file(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -203,8 +204,9 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a truncated zip, a pickle with code, ...: torch raises many types
-        lines = str(error).splitlines() or [type(error).__name__]
-        why = lines[0].split(". ")[0][:80]
+        if is_out_of_memory(error):
+            raise
+        why = first_sentence(error)
         raise UserError(f"{path} is not a usable checkpoint ({why})") from None
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise UserError(f"{path} does not hold a dictionary of tensors")

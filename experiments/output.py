@@ -9,12 +9,11 @@ Legend:  "row": a dict of numbers under their names, a line of a table and of th
 import argparse
 import csv
 import math
-import sys
 import time
 from pathlib import Path
 
 import toy
-from run import TrainingError, UserError
+from run import errors_in_one_sentence
 
 OUT, PICTURES = Path("out/experiments"), Path(__file__).parent / "pictures"
 
@@ -114,11 +113,6 @@ def save_picture(path: Path, draw):
 
 
 def main(script, description: str, **more):
-    """Run `script`, a function of the parsed arguments. A mistake of the user's, or training that
-    went wrong, ends it with one sentence and status 2, as in the commands."""
-    args = arguments(description, **more)
-    try:
-        script(args)
-    except (UserError, TrainingError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Run `script`, a function of the parsed arguments. Mistakes end it as in the commands."""
+    with errors_in_one_sentence():
+        script(arguments(description, **more))

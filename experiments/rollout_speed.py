@@ -53,7 +53,7 @@ from pm import ScalarModel
 from ppo import (Experience, PPOConfig, all_logprobs, all_values, gae, pm_scores, shaped_rewards,
                  update, whiten)
 from rollout import Sampler, plain_rollout
-from run import UserError, autocast, choose_device, rng, torch_rng
+from run import autocast, choose_device, errors_in_one_sentence, rng, torch_rng
 
 # ---- 1. Workload -------------------------------------------------------------
 
@@ -480,8 +480,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_sentence():
         main()
-    except UserError as error:
-        print(f"rollout_speed.py: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,6 +1,7 @@
 """Tests of data.py. Expected values are computed here in another, slower way, or by hand."""
 import gzip
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -103,11 +104,30 @@ def test_a_bad_line_is_named(tmp_path, bad, words):
 def test_a_bad_file_is_named(tmp_path):
     path = tmp_path / "x.jsonl.gz"
     raw = write_rows(path, *[GOOD | {"n": n} for n in range(2000)]).read_bytes()
-    for content in (raw[:len(raw) // 2], b"{}\n", raw[:300] + bytes([255] * 60) + raw[360:]):
+    for content in (raw[:len(raw) // 2], raw[:300] + bytes([255] * 60) + raw[360:]):
         path.write_bytes(content)
         assert f"{path}: damaged or incomplete gzip" in refused(list, data.read_jsonl(path))
-    for path in (tmp_path, tmp_path / "missing.jsonl"):
-        assert f"cannot read {path}" in refused(list, data.read_jsonl(path))
+    path.write_bytes(b"{}\n")
+    assert f"{path} is not a gzip file" in refused(list, data.read_jsonl(path))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, words in (("", "is not a file"), ("pipe.jsonl", "is not a file"),
+                        ("missing.jsonl", "does not exist")):
+        assert f"{tmp_path / name} {words}" in refused(list, data.read_jsonl(tmp_path / name))
+
+
+def test_a_line_may_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_LINE", 100)
+    path, longest = tmp_path / "x.jsonl.gz", b'{"a": "' + b"x" * 90 + b'"}\n'
+    assert len(longest) == 100
+    assert len(list(data.read_jsonl(write_rows(path, longest[:-1], longest[:-1])))) == 2
+    message = refused(list, data.read_jsonl(write_rows(path, b"{}", b" " + longest[:-1])))
+    assert message == f"{path}:2: a line of more than 100 bytes"
+
+
+def test_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    assert list(data.read_jsonl(path)) == [(1, {"a": 1}), (2, {"a": 2})]
 
 
 def test_load_a_folder(tmp_path):
@@ -320,7 +340,7 @@ def test_prompt_and_reply_have_an_exact_border(name, request):
 
 def test_save_and_load(bpe, tmp_path):
     path = tmp_path / "new" / "tokenizer.json"
-    assert f"cannot read the tokenizer {path}" in refused(Tokenizer.load, path)
+    assert f"{path} does not exist" in refused(Tokenizer.load, path)
     Tokenizer("", bpe.pattern, bpe.tokens + bpe.tokens[-1:]).save(path)  # a token twice
     files = [b"[]", b"{}", b"\x80 not json", path.read_bytes()]
     bpe.save(path)

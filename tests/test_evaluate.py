@@ -159,7 +159,7 @@ def test_the_command_compares_two_policies(out, monkeypatch, capsys):
     ("config.json", None, "is not the output folder of a run: it has no config.json"),
     ("config.json", b"{", "is not a config of this project"),
     ("config.json", b'{"run": {"x": 1}}', "does not hold the options of a run"),
-    ("tokenizer.json", None, "cannot read the tokenizer"),
+    ("tokenizer.json", None, "tokenizer.json does not exist"),
     ("policy.pt", None, "does not exist"), ("policy.pt", b"PK", "is not a checkpoint"),
     ("policy.pt", {}, "was trained with another tokenizer"),
     ("policy.pt", {"tokenizer": TOK.fingerprint}, "does not hold a language model"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checks import averages, check_rewards, check_rollout, kl_estimates
+from checks import (averages, check_frozen, check_rewards, check_rollout, checksum,
+                    kl_estimates)
 from helpers import (CFG, END, END_OF_CONTEXT, OPENING, R, StubPrompts, StubRun, doubled, exact_gae,
                      exact_response, exact_score, exact_values, flat, float64, max_difference,
                      normal, random_prompts, random_uniforms, shaken)
@@ -209,15 +210,43 @@ def test_a_rollout_that_does_not_fit_its_log_probs_stops_the_run(world):
     ro, cfg = world.ro, PPOConfig()
     logp = all_logprobs(world.policy, ro, cfg)
     not_sampled = ro.logp.masked_fill(~ro.mask, NAN)  # nobody's log-probs
-    check_rollout(replace(ro, logp=not_sampled), logp, logp, "iteration 7", is_first=True)
+    check_rollout(replace(ro, logp=not_sampled), logp, logp, END, "iteration 7", is_first=True)
     for sampled in (ro.logp.roll(1, 1), ro.logp + 0.001, ro.logp - 0.001, ro.logp * NAN):
         with pytest.raises(TrainingError, match="iteration 7: log-probs while sampling"):
-            check_rollout(replace(ro, logp=sampled), logp, logp, "iteration 7", is_first=False)
+            check_rollout(replace(ro, logp=sampled), logp, logp, END, "iteration 7", False)
     # The KL must be 0 before the first update only.
     for other in (logp + 0.001, logp - 0.001, logp * NAN):
-        check_rollout(ro, logp, other, "iteration 7", is_first=False)
+        check_rollout(ro, logp, other, END, "iteration 7", is_first=False)
         with pytest.raises(TrainingError, match="iteration 7: the KL to the initial policy"):
-            check_rollout(ro, logp, other, "iteration 7", is_first=True)
+            check_rollout(ro, logp, other, END, "iteration 7", is_first=True)
+
+
+def test_a_response_that_does_not_end_with_its_end_of_turn_stops_the_run(world):
+    ro = world.ro
+    logp = all_logprobs(world.policy, ro, PPOConfig())
+    n = int((ro.finished & (ro.response_len > 2)).nonzero()[0])
+    unfinished = int((~ro.finished).nonzero()[0])
+    last = int(ro.prompt_len[n] + ro.response_len[n] - 1)
+    goes_on, never_ends, stops = ro.tokens.clone(), ro.tokens.clone(), ro.finished.clone()
+    goes_on[n, last - 1] = END       # an action after the end of turn
+    never_ends[n, last] = END + 1    # finished, without an end of turn
+    stops[unfinished] = True         # the same, at the length limit
+    for broken, words in ((replace(ro, tokens=goes_on), "goes on after its end-of-turn token"),
+                          (replace(ro, tokens=never_ends), "does not end with the end-of-turn"),
+                          (replace(ro, finished=stops), "does not end with the end-of-turn"),
+                          (replace(ro, finished=~stops), "or the other way round")):
+        with pytest.raises(TrainingError, match=f"iteration 7: .*{words}"):
+            check_rollout(broken, logp, logp, END, "iteration 7", is_first=False)
+
+
+def test_a_frozen_network_that_moves_stops_the_run(world):
+    net = copy.deepcopy(world.policy)
+    before = checksum(net)
+    check_frozen(net, before, "the reference", "iteration 7")
+    with torch.no_grad():
+        net.blocks[1].mlp_in.bias[3] += 1e-3
+    with pytest.raises(TrainingError, match="iteration 7: the reference has changed"):
+        check_frozen(net, before, "the reference", "iteration 7")
 
 
 # ---- The update --------------------------------------------------------------

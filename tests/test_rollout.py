@@ -1,11 +1,8 @@
 """Tests of rollout.py. plain_rollout must sample what a reference written out here samples, one row
 and one token at a time; the Sampler must return what plain_rollout returns, token for token. Both
 in float64, where log-probs agree to 1e-9 on any machine."""
-import builtins
 import copy
 import csv
-import io
-import math
 import random
 import subprocess
 import sys
@@ -18,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses import fake_tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,9 +23,8 @@ from cache import KVCache
 from helpers import (
     CFG, END, R, doubled, exact_logits, exact_response, max_difference, random_prompts,
     random_uniforms, shaken)
-from model import SIZES, GPT, GPTConfig
-from rollout import (
-    MOST_SLOTS, Rollouts, Sampler, fitting_slots, free_memory, memory, plain_rollout, rollout)
+from model import GPT, GPTConfig
+from rollout import Rollouts, Sampler, plain_rollout, rollout
 from run import UserError
 
 BENCHMARK = Path(rollout_module.__file__).parent / "experiments" / "rollout_speed.py"
@@ -359,93 +354,6 @@ def test_a_step_of_each_shape_is_recorded_once_and_replayed(many, monkeypatch):
     graphs.clear()  # another R needs other buffers, and what was recorded is of no use
     args = many.prompts, many.uniforms[:, :5]
     the_same(sampler(*args), plain_rollout(many.policy, *args, END))
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made in here held at once, by storage."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known, self.live, self.peak = {x.untyped_storage()._cdata for x in known}, {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.known:
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: value for key, value in self.live.items() if not value[0].expired()}
-        self.peak = max(self.peak, sum(n for _, n in self.live.values()))
-        return out
-
-
-WIDE = GPTConfig(4, 2, 128, 64, 256)
-
-
-@pytest.mark.parametrize("most, cfg, prefill_tokens, prompts, limits", [
-    ("cache", WIDE, 400, [[3] * 100] * 32, [20] * 32),  # a shared prompt
-    ("cache", WIDE, 400, [[i] * 100 for i in range(32)], [2] * 16 + [20] * 16),  # compacted
-    ("logits", GPTConfig(1, 2, 64, 20000, 64), 400, [[i, 1] for i in range(32)], [5] * 32),
-    ("prefill", GPTConfig(2, 2, 64, 64, 160), 8192, [[i] * 127 for i in range(64)], [2] * 64)])
-def test_stated_memory_bounds_what_is_held(most, cfg, prefill_tokens, prompts, limits, monkeypatch):
-    """2% are for what is not stated: the buffers of the responses, and masks."""
-    monkeypatch.setattr(rollout_module, "PREFILL_TOKENS", prefill_tokens)
-    policy, uniforms = GPT(cfg), random_uniforms(len(prompts), max(limits), 0)
-    sampler = Sampler(policy, -1, slots=len(prompts))
-    with LiveBytes([*policy.parameters(), uniforms]) as live:
-        sampler(prompts, uniforms, limits)
-    stated = memory(cfg, len(prompts), sampler.cache.k.shape[3])
-    assert stated["cache"] == sampler.cache.k.nbytes + sampler.cache.v.nbytes
-    assert stated[most] > sum(stated.values()) / 2
-    assert sum(stated.values()) / 3 < live.peak <= 1.02 * sum(stated.values())
-
-
-def test_memory_by_hand():
-    """GPT-2, 8 slots of 1,024 tokens: in bf16 on a GPU, with a copy whose matrices are in bf16."""
-    matrices = 12 * 12 * 768**2  # the rest: embeddings, positions, LayerNorms and biases
-    for device, number, copied in (("cpu", 4, 0), ("cuda", 2, 1)):
-        per_token, rest = 2 * 12 * 768 * number, SIZES["gpt2"].n_params() - matrices
-        assert memory(SIZES["gpt2"], 8, 1024, device) == {
-            "cache": 8 * 1024 * per_token, "logits": 4 * 8 * 50304 * 4,
-            "prefill": 8192 * (per_token + 5 * 1024 + 14 * 768 * 4),
-            "copy": copied * (2 * matrices + 4 * rest)}
-    # A row longer than a prefill batch is a batch alone.
-    assert memory(CFG, 1, 9000)["prefill"] == 9000 * (2 * 2 * 32 * 4 + 5 * 9000 + 14 * 32 * 4)
-
-
-@pytest.mark.parametrize("cfg, size", [(CFG, 64), (SIZES["gpt2"], 1024), (SIZES["13B"], 8192)])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fitting_slots_is_the_largest_power_of_two_that_fits(cfg, size, device):
-    def needed(slots):
-        return sum(memory(cfg, slots, size, device).values())
-    for slots in (2, 8, MOST_SLOTS[device]):
-        assert fitting_slots(cfg, size, device, needed(slots)) == slots
-        assert fitting_slots(cfg, size, device, needed(slots) - 1) == slots // 2
-    assert fitting_slots(cfg, size, device, needed(1)) == 1
-    assert fitting_slots(cfg, size, device, 1e18) == MOST_SLOTS[device]
-    with pytest.raises(UserError, match=f"rows of {size} tokens takes .* GiB"):
-        fitting_slots(cfg, size, device, needed(1) - 1)
-
-
-def test_half_of_the_free_memory_is_the_budget(many, monkeypatch):
-    free = 2 * sum(memory(LONG, 4, 160).values())
-    monkeypatch.setattr(rollout_module, "free_memory", lambda device: free)
-    sampler = Sampler(many.policy, END)
-    sampler([[1] * 5] * 64, random_uniforms(64, 40, 0))
-    assert sampler.slots == fitting_slots(LONG, 64) > 4 and sampler.cache.k.shape[3] == 64
-    sampler(many.prompts, random_uniforms(50, 40, 0))
-    assert sampler.slots == fitting_slots(LONG, 160) == 4
-
-
-@pytest.mark.parametrize("text, expected", [
-    ("MemTotal: 9 kB\nMemAvailable:   1234 kB\n", 1234 * 1024), ("MemTotal: 9 kB\n", math.inf)])
-def test_free_memory_is_what_the_system_says(text, expected, monkeypatch):
-    for name, answer in (("memory_reserved", 70), ("memory_allocated", 50), ("mem_get_info", (3,))):
-        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
-    assert free_memory("cuda") == 3 + 70 - 50
-    with monkeypatch.context() as patch:
-        patch.setattr(builtins, "open", lambda path: io.StringIO(text))
-        assert free_memory("cpu") == expected
 
 
 def test_a_rollout_refuses_what_it_cannot_sample():

@@ -4,8 +4,10 @@ The stages here train four numbers each, so that they can die at every file that
 import dataclasses
 import errno
 import json
+import math
 import os
 import pickle
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ def value_of(parsed: dict, name: str):
 
 # What is allowed besides numbers above 0, written out again.
 ZERO_IS_FINE = """run.seed run.context lm.warmup lm.weight_decay cd.documents pmp.pairs pmp.warmup
-    pmp.token_budget pm.helpful pm.harmless pm.warmup pm.harmless_weight pm.token_budget rl.warmup
+    pmp.token_budget pm.comparisons pm.helpful pm.harmless pm.warmup pm.harmless_weight pm.token_budget rl.warmup
     rl.kl_coef rl.gamma rl.gae_lambda rl.unfinished_penalty rl.slots rl.token_budget
     rl.harmless_share""".split()
 AT_MOST_ONE = ["rl.gamma", "rl.gae_lambda", "rl.harmless_share"]
@@ -71,6 +73,10 @@ def test_range_of_each_number(parse, name):
         with pytest.raises(UserError, match=f"^{flag(name)} {kind(value)}: {words}$"):
             parse(f"{flag(name)}={value}", configs=configs)
     assert value_of(parse(flag(name), 1, configs=configs), name) == 1
+    if kind is int and name != "run.seed":
+        assert value_of(parse(flag(name), 10**9, configs=configs), name) == 10**9
+        with pytest.raises(UserError, match=f"^{flag(name)} {10**9 + 1}: must be at most 1,000,0"):
+            parse(flag(name), 10**9 + 1, configs=configs)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -92,7 +98,8 @@ def test_presets(parse, preset):
     (UserError("too bad"), 2, "train.py: too bad"), (TrainingError("nan"), 2, "train.py: nan"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2,
      "memory (CUDA out of memory): add --resume"),
-    (KeyboardInterrupt(), 130, "--resume")])
+    (MemoryError(), 2, "out of memory (MemoryError): "),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 2, "out of memory (Def")])
 def test_how_a_command_ends(monkeypatch, capsys, error, code, words):
     def command(cd):
         assert cd == CDConfig(batch=3)
@@ -236,7 +243,7 @@ def die_at_a_new_write(monkeypatch, seen: set, before_odd: bool):
 
     def replace_and_die(source, target):
         key = str(target)
-        if key.endswith("_state.pt"):
+        if key.endswith(("_state.pt", "_state.next.pt")):
             key = key, torch.load(source, weights_only=True).get("step")
         if key not in seen:
             seen.add(key)
@@ -264,10 +271,12 @@ def test_killed_at_each_write_and_resumed(tmp_path, monkeypatch, before_odd):
         if (tmp_path / "killed" / "metrics.jsonl").exists():
             with open(tmp_path / "killed" / "metrics.jsonl", "ab") as file:  # broken lines, and
                 file.write(b'\xff\n5\n{"step": 1}\n[]\n{"stage": "two", "lo')  # one half written
-    # config, metrics, and of three stages: the result and the states: empty, 0, 3, 6, 7
-    assert deaths == 2 + 3 * 6
+    # config, metrics, and of three stages: the result, the empty state, and the states 0, 3 and 6,
+    # which wait as "next" until their step is done
+    assert deaths == 2 + 3 * 8
     assert content(tmp_path / "killed") == expected
-    assert set(expected) == {"config.json", "metrics.jsonl", "one.pt", "two.pt", "three.pt"}
+    assert set(expected) == {".lock", "config.json", "metrics.jsonl", "one.pt", "two.pt",
+                             "three.pt"}
     lines = [line for line in expected["metrics.jsonl"] if line["stage"] == "two"]
     assert [line["step"] for line in lines] == [0, 0, 4, 6, 7] and "before" in lines[0]
     assert "loss" in lines[1] and lines[-1]["nothing"] is None  # JSON has no NaN
@@ -277,6 +286,7 @@ def interrupted(out: Path, name: str):
     """A stage that dies after its state of step 3."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         seen = {(str(out / f"{name}_state.pt"), step) for step in (None, 0, 3)}
+        seen |= {(str(out / f"{name}_state.next.pt"), step) for step in (0, 3)}
         seen |= {str(out / file) for file in ("metrics.jsonl", "config.json")}
         die_at_a_new_write(patch, seen, before_odd=False)
         train(folder(out), name)
@@ -299,6 +309,51 @@ def test_resume_or_start_over(tmp_path, capsys):
     assert content(tmp_path) == expected
     assert folder(tmp_path).reuse("two", Cfg(steps=9))
     assert "used as it is (ignored: --two.steps was 7, now 9)" in capsys.readouterr().out
+
+
+def test_a_state_whose_step_fails_is_not_kept(tmp_path):
+    """The step finds out that the update before it has led to NaN."""
+    stage, net = folder(tmp_path).begin("one", Cfg()), torch.nn.Linear(4, 1, bias=False)
+    stage.start(net=net, optimizer=torch.optim.Adam(net.parameters()))
+    with pytest.raises(TrainingError):
+        for step, _ in stage.steps(range(7), save_every=3):
+            check_finite(f"step {step}", loss=math.nan if step == 3 else 1.0)
+    assert load(tmp_path / "one_state.pt")["step"] == 0
+    assert load(tmp_path / "one_state.next.pt")["step"] == 3
+    assert train(folder(tmp_path, resume=True), "one") == list(range(7))
+    assert not list(tmp_path.glob("*state*"))
+
+
+def test_parents_are_those_that_were_read(tmp_path):
+    train(folder(tmp_path), "one")
+    was = file_hash([tmp_path / "one.pt"])
+    stage = folder(tmp_path).begin("two", Cfg())
+    stage.start()
+    save(tmp_path / "one.pt", model={})
+    stage.end()
+    assert load(tmp_path / "two.pt")["parents"] == was != file_hash([tmp_path / "one.pt"])
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    """The second one is refused, whether or not the folder was there when it began; the lock goes
+    with the process that holds it, however that ends."""
+    script = (f"import sys, time; sys.path[:0] = {sys.path!r}; from test_run import Cfg, folder; "
+              f"from pathlib import Path; folder(Path({str(tmp_path / 'out')!r})).begin('one', "
+              "Cfg()).start(); print('started', flush=True); time.sleep(60)")
+    early = folder(tmp_path / "out").begin("one", Cfg())
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"started\n"
+        before = content(tmp_path / "out")
+        for attempt in (early.start, lambda: folder(tmp_path / "out").begin("one", Cfg()),
+                        lambda: folder(tmp_path / "out").reuse("one", Cfg())):
+            with pytest.raises(UserError, match="another run is working in .*out"):
+                attempt()
+        assert content(tmp_path / "out") == before
+    finally:
+        other.kill()
+        other.wait()
+    assert train(folder(tmp_path / "out"), "one") == list(range(7))
 
 
 def test_a_state_does_not_outlive_the_options_it_was_made_with(tmp_path, monkeypatch):
@@ -372,6 +427,26 @@ def test_stale_parents(tmp_path, stage, parent):
         folder(tmp_path).check_parents(f"{stage}.pt", {})
     train(folder(tmp_path), stage)
     folder(tmp_path).check_parents(f"{stage}.pt", load(tmp_path / f"{stage}.pt"))
+
+
+def test_a_state_of_other_networks(tmp_path):
+    for parts in ({}, {"net": {}}, {"net": {"weight": torch.ones(2, 4)}}, {"net": 5}, None):
+        save(tmp_path / "one_state.pt", stage="one", parents="", step=3, lines=1, parts=parts)
+        with pytest.raises(UserError, match="one_state.pt does not fit this stage .*; delete it"):
+            train(folder(tmp_path, resume=True), "one")
+        assert load(tmp_path / "one_state.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "one.pt", "two_state.pt"])
+def test_a_folder_or_a_pipe_in_place_of_a_file(tmp_path, name):
+    train(folder(tmp_path), "one")
+    for make in (os.mkdir, os.mkfifo):
+        (tmp_path / name).unlink(missing_ok=True)
+        make(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is not a file"):
+            train(folder(tmp_path, resume=True), "two")
+        if make == os.mkdir:
+            (tmp_path / name).rmdir()
 
 
 @pytest.mark.parametrize("state", [b"", b"half", [1], {"model": {}}, {"stage": "one", "step": 3}])

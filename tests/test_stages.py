@@ -345,8 +345,9 @@ def test_the_pm_starts_from_pmp_and_reads_replies_of_the_initial_policy(run, mon
         train_pm.train(run, PMConfig(helpful=3, harmless=4, test=5))
     assert asked == [("helpful", "train", 3), ("harmless", "train", 4), ("helpful", "test", 5),
                      ("harmless", "test", 5)]
-    with pytest.raises(UserError, match="leave nothing to train on"):
-        train_pm.train(run, PMConfig(helpful=0, harmless=0))
+    for bad in (dict(helpful=0, harmless=0), dict(helpful=0, harmless_weight=0.0)):
+        with pytest.raises(UserError, match="leave nothing to train on"):
+            train_pm.check_early(run, CDConfig(), PMPConfig(), PMConfig(**bad))
 
 
 def test_a_comparison_that_does_not_fit_is_left_out(run, capsys):
