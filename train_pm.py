@@ -215,9 +215,11 @@ def fit(run: Run, stage, cfg, pm: ScalarModel, pairs: EncodedPairs, weights):
         optimizer.step()
         stage.log(step, every=10, loss=loss, accuracy=hits / len(batch))
     pm.eval()
-    # Each step's loss checks the update before it. After the last update, a few scores do.
-    scores = score_rows(pm, pairs.chosen[:cfg.batch], cfg.token_budget, run.device)
-    check_finite(f"{stage.name.upper()} after its last step", score=scores.sum().item())
+    # Each step's loss checks the update before it, and this score checks the last one.
+    ids, lengths = pad(pairs.chosen[:1])
+    with torch.no_grad(), autocast(run.device):
+        score = pm.score(ids.to(run.device), lengths.to(run.device)).item()
+    check_finite(f"{stage.name.upper()} after its last step", score=score)
 
 
 def index_batches(pairs: EncodedPairs, batch, token_budget: int, device):
@@ -382,7 +384,7 @@ def check_toy_prompts(run: Run, option: str, max_response: int):
     longest = 0
     for i in range(1000):
         kind = "harmless" if i % 3 == 0 else "helpful"
-        prompt = toy_corpus.draw_prompt(rng, kind, held_out=i % 2 == 0)
+        prompt = toy_corpus.draw_prompt(rng, kind, held_out=False)
         longest = max(longest, len(run.tok.encode_dialogue(prompt)))
     if longest + max_response >= run.context:  # the PM appends one more token
         raise UserError(f"a prompt of {longest} tokens and {option} {max_response} do not fit a "

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                   register_optimizer_step_pre_hook)
 
 import data
 import evaluate
@@ -233,8 +234,8 @@ def lines(out: Path, stage: str) -> list[dict]:
 def test_a_whole_run_leaves_its_files_and_rests_on_parents(trained):
     out = trained[0]
     names = {path.name for path in out.rglob("*") if path.is_file()}
-    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "samples.txt", "train.jsonl",
-                     "test.jsonl", *RESULTS.values()}
+    assert names == {".lock", "config.json", "tokenizer.json", "metrics.jsonl", "samples.txt",
+                     "train.jsonl", "test.jsonl", *RESULTS.values()}
     assert len(list(out.glob("comparisons/*/*.jsonl"))) == 4
     for result, parents in PIPELINE.values():
         assert load(out / result)["parents"] == file_hash([out / parent for parent in parents])
@@ -471,7 +472,8 @@ def test_another_seed_changes_every_stage(trained, copy, call_small):
     (out / "config.json").write_text(config.replace('"seed": 0', '"seed": 1'))
     assert call_small("train_rl.py", out, "--seed", 1).code == 0
     one, two = content(out), content(trained[0])
-    assert {name for name in one if one[name] == two[name]} == {"lm.pt", "tokenizer.json"}
+    equal = {name for name in one if one[name] == two[name]}
+    assert equal == {".lock", "lm.pt", "tokenizer.json"}
     same = [line for line in one["metrics.jsonl"] if line in two["metrics.jsonl"]]
     assert {line["stage"] for line in same} == {"lm"}
 
@@ -497,7 +499,9 @@ def test_killed_at_each_write_and_resumed(trained, tmp_path, call_small, monkeyp
 
 @pytest.mark.parametrize("stage", RESULTS)
 @pytest.mark.parametrize("is_last", [False, True])
-def test_nan_never_reaches_a_checkpoint(trained, copy, call_small, monkeypatch, stage, is_last):
+@pytest.mark.parametrize("broken", ["gradient", "update"])
+def test_nan_never_reaches_a_checkpoint(trained, copy, call_small, monkeypatch, stage, is_last,
+                                        broken):
     """Not in the step before a save, and not in the last one: one sentence, and no spoiled weights.
     A run that is resumed after it ends as if nothing had happened."""
     out, count, clip = copy(stage), [0], torch.nn.utils.clip_grad_norm_
@@ -511,10 +515,22 @@ def test_nan_never_reaches_a_checkpoint(trained, copy, call_small, monkeypatch, 
             parameters[0].grad.fill_(float("nan"))
         count[0] += 1
         return clip(parameters, *args)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", broken_clip)
+
+    def broken_update(optimizer, *_):
+        if count[0] == bad_step:
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+        count[0] += 1
+    if broken == "gradient":
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", broken_clip)
+            result = call_small("train_rl.py", out)
         where = f"iteration {bad_step // 2}" if stage == "rl" else f"step {bad_step}"
-        assert_one_sentence(call_small("train_rl.py", out), where, "nan")
+        assert_one_sentence(result, where, "nan")
+    else:
+        hook = register_optimizer_step_post_hook(broken_update)
+        result = call_small("train_rl.py", out)
+        hook.remove()
+        assert_one_sentence(result, "nan")
     for name, part in load(out / f"{stage}_state.pt")["parts"].items():
         assert name == "optimizer" or all(w.isfinite().all() for w in part.values())
     found = {p.name: p.read_bytes() for p in out.glob("*.pt") if "state" not in p.name}
@@ -562,12 +578,25 @@ def test_a_new_lm_makes_the_old_pm_stale(copy, call_small):
 
 @pytest.mark.parametrize("script, args, words", [
     ("train_rl.py", "--rl.max-response 185", "--rl.max-response 185 leaves no room"),
+    ("train_rl.py", "--pm.max-response 185", "--pm.max-response 185 leaves no room"),
+    ("train_rl.py", "--pm.helpful 0 --pm.harmless 0", "--pm.helpful 0 --pm.harmless 0 leave"),
+    ("train_rl.py", "--pmp.data x", "--pmp.data is for real data"),
+    ("train_rl.py", "--export setup.cfg/x", "cannot write setup.cfg/x"),
+    ("train_rl.py", "--context 48 --pm.max-response 12", "tokens that is distilled"),
+    ("train_rl.py", "--lm.vocab 300 --context 140 --pm.max-response 12", "a larger --lm"),
+    ("train_rl.py", "--lm.documents 1000000000", "stage 'lm' takes about"),
+    ("train_rl.py", "--context 1000000000", "stage 'lm' takes about"),
+    ("train_rl.py", "--size 52B", "stage 'lm' takes about"),
+    ("train_pm.py", "--pm.test 1000000000", "stage 'pm' takes about"),
+    ("train_rl.py", "--rl.slots 1000000000", "stage 'rl' takes about"),
     ("train_pm.py", "--pm.max-response 185", "--pm.max-response 185 leaves no room"),
     ("train_rl.py", "--context 30", "--context 30"), ("train_lm.py", "--lm.vocab 10", "--lm.vocab"),
     ("train_rl.py", "--pm.test 0", "--pm.test 0"), ("train_lm.py", "--export x", "train_rl.py")])
-def test_options_that_cannot_be(tmp_path, call_small, script, args, words):
+def test_options_that_cannot_be(tmp_path, monkeypatch, call_small, script, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.cfg").write_text("a file, not a folder")
     assert_one_sentence(call_small(script, tmp_path / "out", *args.split()), words)
-    assert not (tmp_path / "out" / "initial.pt").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("where", ["helpful-base/train", "harmless-base/test"])
