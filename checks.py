@@ -53,10 +53,12 @@ def checksum(model) -> float:
     return sum(parameter.detach().double().sum().item() for parameter in model.parameters())
 
 
-def check_frozen(model, checksum_at_start: float, name: str, where: str):
-    """A reference that moves with the policy hides how far the policy has gone."""
-    if checksum(model) != checksum_at_start:
-        raise TrainingError(f"{where}: {name} has changed, and should be frozen")
+def check_frozen(models: list, checksums: list[float], where: str):
+    """The models still have the checksums that they began with. A reference that moves with the
+    policy would hide how far the policy has gone."""
+    for model, expected in zip(models, checksums):
+        if checksum(model) != expected:
+            raise TrainingError(f"{where}: a frozen model, {type(model).__name__}, has changed")
 
 
 def check_first_ratio(logp, old_logp, where: str):

@@ -105,10 +105,8 @@ def response_logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0):
 def all_logprobs(policy: GPT, ro: Rollouts, cfg: PPOConfig):
     """(N, R) log-probs of all the responses, without gradients. Old and reference log-probs come
     from this one function: the same temperature, the same masks."""
-
     def of_responses(i):
         return response_logprobs(policy, ro, i, cfg.temperature)
-
     return in_batches(of_responses, ro, cfg.token_budget)
 
 
@@ -146,10 +144,8 @@ def state_values(critic: ScalarModel, ro: Rollouts, i):
 
 def all_values(critic: ScalarModel, ro: Rollouts, cfg: PPOConfig):
     """(N, R) values of all the responses, without gradients."""
-
     def of_responses(i):
         return state_values(critic, ro, i)
-
     return in_batches(of_responses, ro, cfg.token_budget)
 
 

@@ -418,7 +418,10 @@ def print_behavior(columns: dict[str, dict]):
 
 
 def check_early(run: Run, cd: CDConfig):
-    """Find out before any training whether stage 2 can run. Every command calls this first."""
+    """Find out before any training whether stage 2 and --export can run. Every command calls this
+    first."""
+    if run.cfg.export:
+        hub.check_export(run.cfg.export)
     if cd.documents > 0:
         run.checks.append(lambda: check_distilled_prompt(run))
 

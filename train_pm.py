@@ -357,10 +357,17 @@ def delete_comparisons(run: Run):
 # ---- 5. Commands -------------------------------------------------------------
 
 
-def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
-    """Find out before any training whether stages 2 to 4 can run, in as far as options and data
-    tell. Every command that trains a preference model calls this first."""
+def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl_max_response: int = 0):
+    """Find out before any training whether stages 2 to 4 can run, as far as options and data tell;
+    with rl_max_response, stage 5 too. Every command that trains a preference model calls this."""
     check_lm_early(run, cd)
+    lengths = {}  # option -> tokens that a response may have
+    if run.toy:
+        lengths["--pm.max-response"] = pm.max_response
+    if rl_max_response:
+        lengths["--rl.max-response"] = rl_max_response
+    for option, max_response in lengths.items():
+        run.check_room(option, max_response)
     if run.toy:
         if pmp.data:
             raise UserError("--pmp.data is for real data; the toy world has upvotes of its own")
@@ -368,8 +375,7 @@ def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
             raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
         if pm.helpful == 0 and pm.harmless_weight == 0:
             raise UserError("--pm.helpful 0 --pm.harmless-weight 0 leave nothing to train on")
-        run.check_room("--pm.max-response", pm.max_response)
-        run.checks.append(lambda: check_toy_prompts(run, "--pm.max-response", pm.max_response))
+        run.checks.append(lambda: check_toy_prompts(run, lengths))
     else:
         if pmp.data:
             run.checks.append(lambda: check_comparisons(run, pmp.data, "train"))
@@ -377,19 +383,20 @@ def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig):
             run.checks.append(lambda split=split: check_comparisons(run, run.data, split))
 
 
-def check_toy_prompts(run: Run, option: str, max_response: int):
-    """Raise UserError if a prompt leaves no room for a response. A tokenizer that learned few
-    merges needs many tokens for a text."""
+def check_toy_prompts(run: Run, lengths: dict[str, int]):
+    """Raise UserError if a prompt leaves no room for a response, whose length an option limits. A
+    tokenizer that learned few merges needs many tokens for a text."""
     rng = run.rng("check prompts")
     longest = 0
     for i in range(1000):
         kind = "harmless" if i % 3 == 0 else "helpful"
         prompt = toy_corpus.draw_prompt(rng, kind, held_out=False)
         longest = max(longest, len(run.tok.encode_dialogue(prompt)))
-    if longest + max_response >= run.context:  # the PM appends one more token
-        raise UserError(f"a prompt of {longest} tokens and {option} {max_response} do not fit a "
-                        f"--context of {run.context}: use a longer one, or a larger --lm.vocab, "
-                        "which makes prompts shorter")
+    for option, max_response in lengths.items():
+        if longest + max_response >= run.context:  # the PM appends one more token
+            raise UserError(f"a prompt of {longest} tokens and {option} {max_response} do not fit "
+                            f"a --context of {run.context}: use a longer one, or a larger "
+                            "--lm.vocab, which makes prompts shorter")
 
 
 def check_comparisons(run: Run, data: str, split: str):

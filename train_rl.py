@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 import hub
-from checks import (check_frozen, check_rewards, check_rollout, checksum, log_line,
-                    rollout_statistics)
+from checks import (
+    check_frozen, check_rewards, check_rollout, checksum, log_line, rollout_statistics)
 from evaluate import Prompts, evaluate, mean_truth, side_by_side, table, with_eval_prefix
 from model import GPT
 from pipeline import Run, RunConfig, main
@@ -34,7 +34,7 @@ from ppo import (Experience, PPOConfig, all_logprobs, all_values, gae, pm_scores
                  update, whiten)
 from rollout import Sampler
 from train_lm import CDConfig, LMConfig
-from train_pm import PMConfig, PMPConfig, check_early, check_toy_prompts, ensure
+from train_pm import PMConfig, PMPConfig, check_early, ensure
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Learner:
         # HH does not state the optimizer. betas: InstructGPT; eps: OpenAI (utils/core.py).
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
         self.sampler = Sampler(self.policy, run.tok.end_of_turn, cfg.temperature, cfg.slots)
-        self.checksums = checksum(reference), checksum(pm)
+        self.checksums = [checksum(reference), checksum(pm)]
 
     def iterate(self, prompts: Prompts, iteration: int) -> dict:
         """Run one iteration. Returns statistics of its responses and of its update."""
@@ -100,8 +100,7 @@ class Learner:
         experience = Experience(logp, old_values, whiten(advantages, ro.mask), returns)
         statistics |= update(self.policy, self.critic, self.optimizer, ro, experience, cfg,
                              run.torch_rng("minibatches", iteration), where)
-        check_frozen(self.reference, self.checksums[0], "the reference", where)
-        check_frozen(self.pm, self.checksums[1], "the preference model", where)
+        check_frozen([self.reference, self.pm], self.checksums, where)
         if run.toy:
             statistics["truth"] = mean_truth(run, batch, ro)
         return statistics  # Step 7, log and evaluate, is in `train`.
@@ -154,13 +153,7 @@ def train(run: Run, cfg: RLConfig):
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl: RLConfig):
     folder = Run(run, can_export=True)  # `run` holds the options, `folder` is the Run
     folder.check_memory(lm, cd, pmp, pm, rl)
-    folder.check_room("--rl.max-response", rl.max_response)
-    check_early(folder, cd, pmp, pm)
-    if folder.toy:
-        folder.checks.append(
-            lambda: check_toy_prompts(folder, "--rl.max-response", rl.max_response))
-    if run.export:
-        hub.check_export(run.export)
+    check_early(folder, cd, pmp, pm, rl.max_response)
     ensure(folder, lm, cd, pmp, pm)
     train(folder, rl)
     if run.export:

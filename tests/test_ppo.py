@@ -242,11 +242,11 @@ def test_a_response_that_does_not_end_with_its_end_of_turn_stops_the_run(world):
 def test_a_frozen_network_that_moves_stops_the_run(world):
     net = copy.deepcopy(world.policy)
     before = checksum(net)
-    check_frozen(net, before, "the reference", "iteration 7")
+    check_frozen([world.critic, net], [checksum(world.critic), before], "iteration 7")
     with torch.no_grad():
         net.blocks[1].mlp_in.bias[3] += 1e-3
-    with pytest.raises(TrainingError, match="iteration 7: the reference has changed"):
-        check_frozen(net, before, "the reference", "iteration 7")
+    with pytest.raises(TrainingError, match="iteration 7: a frozen model, GPT, has changed"):
+        check_frozen([world.critic, net], [checksum(world.critic), before], "iteration 7")
 
 
 # ---- The update --------------------------------------------------------------
