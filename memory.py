@@ -97,9 +97,9 @@ def fitting_slots(cfg: GPTConfig, size: int, device="cpu", budget: float = 0.0) 
 @dataclass
 class StageMemory:
     """What a stage's memory depends on, besides the shape of the models."""
-    n_trained: int       # networks that learn
-    n_frozen: int        # networks that don't
-    n_rows: int = 0      # documents, comparisons or responses that are held at once
+    n_trained: int         # networks that learn
+    n_frozen: int          # networks that do not
+    n_rows: int = 0        # documents, comparisons or responses that are held at once
     step_tokens: int = 0   # the most tokens in a step, where the options say so (0: no limit)
     token_budget: int = 0  # tokens in a forward pass (0: run.tokens_at_once)
     slots: int = 0         # for sampling (0: as many as fit)
@@ -109,8 +109,8 @@ ROW_BYTES = 2048  # a document of the toy world takes 2.9 kB, as text and as a l
 
 
 def training_memory(cfg: GPTConfig, stage: StageMemory, recompute: bool, device) -> dict[str, int]:
-    """Bytes that a stage takes on its device, about. What is not counted is small, or depends on
-    the data."""
+    """About how many bytes a stage takes on its device, by what they are for. What is not counted
+    is small or depends on the data."""
     on_gpu = torch.device(device).type == "cuda"
     n_params = cfg.n_params()
     n_tokens = tokens_at_once(stage.token_budget, device)

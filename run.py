@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 
 
-def _print_no_traceback_for_ctrl_c(kind, error, traceback):
+def _hide_traceback_of_ctrl_c(kind, error, traceback):
     """Ctrl-C is not an error. Python calls this function for every exception that ends it."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped; a training command continues with --resume", file=sys.stderr)
@@ -33,7 +33,7 @@ def _print_no_traceback_for_ctrl_c(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = _print_no_traceback_for_ctrl_c  # here, because torch takes a second to load
+sys.excepthook = _hide_traceback_of_ctrl_c  # before the next line, which takes a second
 
 import torch
 from tqdm import tqdm
