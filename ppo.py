@@ -169,7 +169,6 @@ def gae(rewards, values, mask, gamma, lam):
     V is 0 after the last kept token: the episode is over. The returns A + V are what the critic
     learns; they must be computed before the advantages are whitened. Inputs where mask is False are
     never used, even if they are NaN."""
-    rewards = torch.where(mask, rewards, 0)
     values = torch.where(mask, values, 0)
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = 0.0, 0.0

@@ -47,7 +47,8 @@ PMP = "--pmp.pairs 28 --pmp.batch 4 --pmp.warmup 3 --pmp.max-grad-norm 0.02"
 PM = ("--pm.helpful 80 --pm.harmless 70 --pm.test 40 --pm.batch 4 --pm.warmup 4 --pm.noise 0.5 "
       "--pm.harmless-weight 3 --pm.max-response 80 --pm.max-grad-norm 0.03")
 RL = ("--rl.iterations 5 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 "
-      "--rl.save-every 2 --rl.max-response 12 --rl.warmup 3 --rl.max-grad-norm 0.05")
+      "--rl.save-every 2 --rl.max-response 12 --rl.warmup 3 --rl.max-grad-norm 0.05 "
+      "--rl.harmless-share 1")
 OF_STAGES = [LM, CD, PMP, PM, RL]
 
 # ---- 1. Running a command ----------------------------------------------------
@@ -121,7 +122,9 @@ class Watch:
         self.sampled = []  # (stage, prompt, reply, whether it finished)
         self.steps = {}    # stage -> what the optimizer used in each step
         self.weights = {}  # stage -> [(comparison, weight)]
-        self.judges = []   # the policy and the PM of each evaluation
+        self.judges = []   # the policy, the reference and the PM of each evaluation
+        self.shown = []    # the replies in each print of dialogues: before and after
+        self.tables = []   # the numbers in the closing table: before and after
 
     def see(self, rows, training=None):
         """Without `training`, rows are trained on where gradients are wanted."""
@@ -162,6 +165,8 @@ class Watch:
         before(train_pm, "score_rows", lambda pm, rows, *_: self.see(rows, training=False))
         before(train_rl.Learner, "iterate", iterate)
         before(train_rl, "evaluate", evaluated)
+        before(train_rl, "side_by_side", lambda prompts, *replies: self.shown.append(replies))
+        before(train_rl, "table", lambda *numbers: self.tables.append(numbers))
         sample = rollout.Sampler.__call__
 
         def watched_sample(sampler, prompts, uniforms, *rest):
@@ -333,6 +338,7 @@ def test_real_train_and_test_are_disjoint_in_every_stage(tmp_path, capsys):
             assert any(subset in text for text in watch.read[stage, "test"])
     for text in watch.read["rl", "train"] + watch.read["rl", "test"]:
         assert text.endswith(f"?{ASSISTANT}")
+    assert "exceed 147 tokens" in said  # 160 less a response of 12 and end-of-context
     closing = said[said.index("held-out prompts"):]
     assert "red-team" in closing and "true" not in closing  # no ground truth here
     assert "Question h" in (out / "samples.txt").read_text()
@@ -447,6 +453,15 @@ def test_table_and_samples_are_of_the_saved_models(trained, opened):
         columns.append(numbers)
         assert f"{name:<12}"[:8] + replies[0] in samples
     assert columns[0]["kl"] == 0 != columns[1]["kl"]
+    for prompt in trained[1].read["rl", "train"]:  # --rl.harmless-share is 1
+        assert toy.understand(prompt).skill.name == "red-team"
+    # What was printed on the way: always the same initial replies, and new numbers each time.
+    assert len(trained[1].shown) == 3 and replies == trained[1].shown[-1][1]
+    for replies_before, replies_after in trained[1].shown:
+        assert replies_before == trained[1].shown[0][0] != replies_after
+    for found, numbers in zip(trained[1].tables[0], columns, strict=True):
+        assert found == pytest.approx(numbers, abs=1e-6, nan_ok=True)
+    assert len({line["eval_kl"] for line in lines(out, "rl") if "eval_kl" in line}) == 4
     policies, references, pms = map(list, zip(*trained[1].judges))  # the first two are one
     assert policies == references[:1] + policies[-1:] * 3 and len(set(pms)) == 1
     assert len(set(references)) == 1 and policies[0] != policies[1]
@@ -664,6 +679,8 @@ def test_a_gpt2_through_all_stages(tmp_path, call, pretrained):
     lm, policy = (load(out / name)["model"] for name in ("lm.pt", "policy.pt"))
     assert lm.keys() == given.keys() and all(torch.equal(lm[k], given[k]) for k in lm)
     assert lm["embed.weight"].shape == (tok.n_vocab, 64) and len(lm["positions.weight"]) == 250
+    # Nothing is evaluated twice: not after the last update, in addition to the end.
+    assert [line["step"] for line in lines(out, "rl") if "eval_kl" in line] == [0, 3]
     # The export is the policy, of which all parts have learned.
     exported = hub.load_gpt2(export, tok.n_vocab)
     assert exported.cfg == GPTConfig(2, 1, 64, tok.n_vocab, 250)

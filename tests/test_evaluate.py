@@ -1,6 +1,7 @@
 """Tests of evaluate.py: where prompts come from, what is measured on replies, and the command."""
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,13 @@ import evaluate as module
 import toy
 from data import PATTERN, SINGLE_BYTES, Comparison, Tokenizer, write_comparisons
 from evaluate import PromptBatch, Prompts, evaluate, mean_truth, side_by_side, table
-from helpers import StubRun, doubled, exact_response, exact_score, shaken
+from helpers import StubRun, doubled, exact_response, exact_score, flat, shaken
 from model import GPT, GPTConfig
 from pipeline import Run, RunConfig
 from pm import ScalarModel
 from ppo import PPOConfig
 from rollout import plain_rollout
-from run import file_hash, save, torch_rng
+from run import file_hash, load, save, torch_rng
 
 TOK, OPENING = Tokenizer("bytes", PATTERN, SINGLE_BYTES), "\n\nAssistant:"
 
@@ -51,18 +52,19 @@ def test_a_long_real_prompt_loses_its_beginning(tmp_path, capsys):
             for text in (end, f"\n\nHuman: long{OPENING} reply" * 9 + end):
                 pairs += [Comparison(text, f" yes {i}", " no", kind) for i in range(5)]
             write_comparisons(tmp_path / f"{kind}-base" / f"{split}.jsonl", pairs)
-    prompts = Prompts(StubRun(tok=TOK, data=tmp_path, context=100), 32, harmless_share=0.0)
-    assert "4 train prompts; 2 exceed 67 tokens" in capsys.readouterr().out
+    room = len(TOK.encode_dialogue(f"\n\nHuman: train harmless{OPENING}"))  # which just fits
+    prompts = Prompts(StubRun(tok=TOK, data=tmp_path, context=room + 33), 32, harmless_share=0.0)
+    assert f"4 train prompts; 2 exceed {room} tokens" in capsys.readouterr().out
     for held_out, split in ((False, "train"), (True, "test")):
         batch = prompts.draw(60, "x", held_out=held_out)
         assert len(set(batch.texts)) == 4 and prompts.draw(60, "y", held_out=held_out) != batch
         for text, kind, ids in zip(batch.texts, batch.kinds, batch.ids):
-            assert ids == TOK.encode_dialogue(text)[-67:]
+            assert ids == TOK.encode_dialogue(text)[-room:]
             assert TOK.decode(ids).endswith(f"{split} {kind}{OPENING}")
     assert all(" test " in text for text in prompts.held_out(4).texts)
 
 
-def test_evaluate_measures_the_policy_that_it_is_given():
+def test_evaluate_measures_the_policy_that_it_is_given(monkeypatch):
     """Scores and KL(policy || reference) of known models at a temperature other than 1."""
     nets, run = [], StubRun(tok=TOK, toy=True, context=512)
     for seed in (1, 2, 3):
@@ -100,10 +102,17 @@ def test_evaluate_measures_the_policy_that_it_is_given():
     assert 0 < results[0]["finished"] < 1
     assert results[0]["score_helpful"] != results[1]["score_helpful"]
     # The truth that RL logs is that of each reply under its prompt's kind.
-    refusal = " " + toy.REFUSALS[0]
-    truths = [toy.truth(text, refusal, kind) for text, kind in zip(prompts.texts, prompts.kinds)]
-    ro = SimpleNamespace(responses=lambda: [TOK.encode(refusal)] * 12)
+    truths, responses = [], []
+    for text, kind in zip(prompts.texts, prompts.kinds):
+        reply = f" {toy.understand(text).answer}."  # right here and wrong for another prompt
+        responses.append(TOK.encode(reply))
+        truths.append(toy.truth(text, reply, kind))
+    ro = SimpleNamespace(responses=lambda: responses)
     assert mean_truth(run, prompts, ro) == sum(truths) / 12 and len(set(truths)) > 1
+    # An estimate of a KL below 0 has no root.
+    monkeypatch.setattr(module, "kl_estimates", lambda logp, ref_logp: (logp - ref_logp - 1, None))
+    numbers, _ = evaluate(run, cfg, reference, reference, pm, prompts)
+    assert numbers["kl"] == pytest.approx(-numbers["tokens"]) and numbers["sqrt_kl"] == 0
 
 
 def test_tables_by_hand():
@@ -111,6 +120,9 @@ def test_tables_by_hand():
     assert [line.split() for line in lines.splitlines()] == [
         "held-out prompts a b".split(), "KL to the initial policy (nats) 0.000 2.500".split(),
         "tokens a response 7.250 8.000".split()]
+    for key, word in (("complied", "compliance"), ("refused_benign", "of benign"),
+                      ("score_helpful", "helpful"), ("score_harmless", "red-team")):
+        assert word in module.TITLES[key]
     texts = ["\n\nHuman: p" + OPENING, f"\n\nHuman: q{OPENING} r\n\nHuman: p{OPENING}",
              "\n\nHuman: s" + OPENING, "\n\nHuman: t" + OPENING]
     prompts = PromptBatch(texts, ["harmless", "harmless", "helpful", "helpful"], [])
@@ -141,10 +153,18 @@ def out(tmp_path):
 
 
 def test_the_command_compares_two_policies(out, monkeypatch, capsys):
-    elsewhere = out.parent / "elsewhere.pt"
-    elsewhere.write_bytes((out / "policy.pt").read_bytes())
-    kls = []
-    for args, names in (((), "initial policy"), (("lm.pt", str(elsewhere)), "lm elsewhere")):
+    monkeypatch.chdir(out.parent)
+    Path("b").mkdir()
+    for copy in ("elsewhere.pt", "b/policy.pt"):
+        Path(copy).write_bytes((out / "policy.pt").read_bytes())
+    kls, judged = [], []
+
+    def spy(run, cfg, *rest):
+        judged.append((cfg, *rest))
+        return evaluate(run, cfg, *rest)
+    monkeypatch.setattr(module, "evaluate", spy)
+    for args, names in (((), "initial policy"), (("lm.pt", "elsewhere.pt"), "lm elsewhere"),
+                        (("policy.pt", "b/policy.pt"), "first second")):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), *args, "--device", "cpu"])
         module.main()
         printed = capsys.readouterr().out
@@ -153,11 +173,22 @@ def test_the_command_compares_two_policies(out, monkeypatch, capsys):
         assert max(map(float, lines["tokens a response"])) <= 6  # the run's own limit
         kls += lines["KL to the initial policy (nats)"]
     assert kls[0] == "0.000" and float(kls[1]) > 0.1 and float(kls[2]) > 0.1 and kls[3] == kls[1]
+    # The run's own options and judges, whichever policies are compared.
+    for cfg, _, reference, pm, prompts in judged:
+        assert (cfg.max_response, cfg.temperature, len(prompts.ids)) == (6, 0.7, 6)
+        for name, model in (("initial.pt", reference), ("pm.pt", pm)):
+            saved = load(out / name)["model"].values()
+            assert torch.equal(flat(saved), flat(model.state_dict().values()))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), "--device", "abacus"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "--device abacus is not available" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("config.json", None, "is not the output folder of a run: it has no config.json"),
     ("config.json", b"{", "is not a config of this project"),
+    ("config.json", b"{}", "does not hold the options of a run"),
     ("config.json", b'{"run": {"x": 1}}', "does not hold the options of a run"),
     ("tokenizer.json", None, "tokenizer.json does not exist"),
     ("policy.pt", None, "does not exist"), ("policy.pt", b"PK", "is not a checkpoint"),

@@ -174,11 +174,14 @@ def test_report_by_hand():
     assert r.bayes == pytest.approx((0.9 + 0.7 + 0.5 + 0.6 + 1.0) / 5)  # the better of p and 1 - p
     # -log sigmoid of 2, 0, -1, 0.5, 3: 0.126928, 0.693147, 1.313262, 0.474077, 0.048587.
     assert r.loss == pytest.approx(2.656001 / 5, abs=1e-6)
-    for words in ("accuracy 0.700", "n = 5", "loss 0.531", "is-better 0.300", "ceiling 0.740"):
+    for words in (f"accuracy 0.700 [{r.low:.3f}, {r.high:.3f}]", "n = 5", "loss 0.531",
+                  "is-better 0.300", "ceiling 0.740"):
         assert words in str(r)
     # The ceiling is known only where it is known for every comparison.
     unknown = report(margins, pairs[:4] + [comparison(" a", " bc")])
     assert unknown.bayes is None and "ceiling" not in str(unknown)
+    nothing = report(torch.zeros(0), [])
+    assert (nothing.accuracy, nothing.low, nothing.high, nothing.bayes) == (0.0, 0.0, 1.0, None)
 
 
 class StubStage:

@@ -2,15 +2,18 @@
 response by response. Models are in float64, so two ways to compute a number agree to 1e-9."""
 import copy
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from checks import (averages, check_frozen, check_rewards, check_rollout, checksum,
-                    kl_estimates)
+import train_rl
+from checks import (averages, check_frozen, check_rewards, check_rollout, checksum, kl_estimates,
+                    log_line, update_statistics)
 from helpers import (CFG, END, END_OF_CONTEXT, OPENING, R, StubPrompts, StubRun, doubled, exact_gae,
                      exact_response, exact_score, exact_values, flat, float64, max_difference,
                      normal, random_prompts, random_uniforms, shaken)
@@ -210,12 +213,14 @@ def test_a_rollout_that_does_not_fit_its_log_probs_stops_the_run(world):
     ro, cfg = world.ro, PPOConfig()
     logp = all_logprobs(world.policy, ro, cfg)
     not_sampled = ro.logp.masked_fill(~ro.mask, NAN)  # nobody's log-probs
+    cancelling = logp.masked_scatter(ro.mask, logp[ro.mask].flip(0))  # errors whose mean is 0
     check_rollout(replace(ro, logp=not_sampled), logp, logp, END, "iteration 7", is_first=True)
-    for sampled in (ro.logp.roll(1, 1), ro.logp + 0.001, ro.logp - 0.001, ro.logp * NAN):
+    for sampled in (ro.logp.roll(1, 1), ro.logp + 0.001, ro.logp - 0.001, ro.logp * NAN,
+                    cancelling):
         with pytest.raises(TrainingError, match="iteration 7: log-probs while sampling"):
             check_rollout(replace(ro, logp=sampled), logp, logp, END, "iteration 7", False)
     # The KL must be 0 before the first update only.
-    for other in (logp + 0.001, logp - 0.001, logp * NAN):
+    for other in (logp + 0.001, logp - 0.001, logp * NAN, cancelling):
         check_rollout(ro, logp, other, END, "iteration 7", is_first=False)
         with pytest.raises(TrainingError, match="iteration 7: the KL to the initial policy"):
             check_rollout(ro, logp, other, END, "iteration 7", is_first=True)
@@ -247,6 +252,21 @@ def test_a_frozen_network_that_moves_stops_the_run(world):
         net.blocks[1].mlp_in.bias[3] += 1e-3
     with pytest.raises(TrainingError, match="iteration 7: a frozen model, GPT, has changed"):
         check_frozen([world.critic, net], [checksum(world.critic), before], "iteration 7")
+
+
+def test_the_log_line_names_each_number():
+    names = ("tokens", "finished", "score", "truth", "kl", "kl_k3", "explained_variance",
+             "entropy", "approx_kl", "clip_fraction", "value_loss", "grad_norm", "critic_grad_norm")
+    statistics = dict(zip(names, range(1, 14)))
+    line = log_line(20, statistics, 0.5)
+    found = {}
+    for name, number in re.findall(r"([A-Za-z]\w*) +([\d.]+)", line):
+        found[name] = float(number)
+    assert found == dict(it=20, len=1, fin=2, score=3, truth=4, KL=5, k3=6, ev=7, ent=8, appKL=9,
+                         clip=10, vloss=11, grad=12)
+    assert "grad 12.00 13.00 | 0.5 s" in line  # policy, critic
+    del statistics["truth"]  # real data
+    assert log_line(20, statistics, 0.5) == line.replace(" truth  4.00", "")
 
 
 # ---- The update --------------------------------------------------------------
@@ -290,7 +310,7 @@ def recorded(world, cfg, ex=None, ro=None, shove=0.0, seed=0, stale=0.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradient_is_the_textbook_one(world, temperature):
     """At ratio 1, and after a shove that clips many tokens (1 s: 48 single rows, twice)."""
-    cfg = PPOConfig(passes=2, minibatch=N, temperature=temperature, **OPEN)
+    cfg = PPOConfig(passes=2, minibatch=N, temperature=temperature, value_clip=0.3, **OPEN)
     ex, expected = some_experience(world, cfg), []
     recorder, statistics = recorded(world, cfg, ex, shove=0.05)
     for found, nets in zip(recorder.steps, ((world.policy, world.critic), recorder.nets)):
@@ -301,6 +321,9 @@ def test_the_gradient_is_the_textbook_one(world, temperature):
     assert expected[0]["clip_fraction"] == 0 and 0.1 < expected[1]["clip_fraction"] < 0.9
     assert statistics == pytest.approx(averages(expected), abs=COUNTS)
     assert averages([{"x": 1.0}, {"x": 4.0}]) == {"x": 2.5}
+    ratios, zero = float64([0.7, 0.81, 1.1, 1.3]), float64(0)
+    counts = update_statistics(zero, zero, zero, ratios.log(), torch.zeros(4), clip=0.2)
+    assert counts["clip_fraction"] == 2  # log 0.81 is -0.21, but the ratio is what is clipped
 
 
 def test_pieces_give_the_gradient_of_one_batch(world):
@@ -427,11 +450,12 @@ def exact_experience(nets, ro: Rollouts, cfg: PPOConfig):
         "finished": sum(row[-1] == END for row in rows) / n_rows}
 
 
-def test_three_iterations_are_the_textbook_ones():
+def test_three_iterations_are_the_textbook_ones(monkeypatch):
     """Everything that a Learner passes on, at a temperature other than 1: statistics and weights
     are those of an RLHF that is written out here with a model of its own for each role."""
     cfg = RLConfig(batch=12, minibatch=12, max_response=R, temperature=0.7, gamma=0.9, warmup=2,
-                   max_grad_norm=0.05, unfinished_penalty=1.5, slots=4, token_budget=100)
+                   max_grad_norm=0.05, unfinished_penalty=1.5, slots=4, token_budget=100,
+                   passes=2, clip=0.003, value_clip=0.002)  # both clip in the second pass
     torch.manual_seed(0)
     reference = doubled(shaken(GPT(CFG), 1)).requires_grad_(False)
     pm = doubled(ScalarModel(shaken(GPT(CFG), 3))).requires_grad_(False)
@@ -459,24 +483,52 @@ def test_three_iterations_are_the_textbook_ones():
         uniforms = torch.rand(12, R, generator=torch_rng(0, "rollout", iteration))
         ro = plain_rollout(policy, ids, uniforms, END, cfg.temperature)
         ex, expected = exact_experience((policy, reference, critic, pm), ro, cfg)
-        expected |= textbook((policy, critic), ro, ex, cfg, range(12))
-        assert statistics == pytest.approx(expected, abs=COUNTS)
+        steps = []
+        for _ in range(cfg.passes):
+            steps.append(textbook((policy, critic), ro, ex, cfg, range(12)))
+            for optimizer, peak in zip(optimizers, (cfg.lr, cfg.critic_lr)):
+                group = optimizer.param_groups[0]
+                group["lr"] = peak * rate
+                torch.nn.utils.clip_grad_norm_(group["params"], cfg.max_grad_norm)
+                optimizer.step()
+        assert statistics == pytest.approx(expected | averages(steps), abs=COUNTS)
+        assert statistics["clip_fraction"] > 0.1
         assert 0 < statistics["finished"] < 1
         assert min(statistics["grad_norm"], statistics["critic_grad_norm"]) > cfg.max_grad_norm
-        for optimizer, peak in zip(optimizers, (cfg.lr, cfg.critic_lr)):
-            group = optimizer.param_groups[0]
-            group["lr"] = peak * rate
-            torch.nn.utils.clip_grad_norm_(group["params"], cfg.max_grad_norm)
-            optimizer.step()
         expected = [*policy.parameters(), *critic.parameters()]
         assert max_difference(flat(trained), flat(expected)) < 1e-9
     assert torch.equal(flat(frozen), before)
     assert prompts.calls == [(12, ("train", i), False) for i in range(3)]
     assert run.names[::2] == [("rollout", i) for i in range(3)]
     assert run.names[1::2] == [("minibatches", i) for i in range(3)]
+    learner.cfg.warmup = 0
+    learner.set_learning_rates(0)
+    assert [group["lr"] for group in learner.optimizer.param_groups] == [cfg.lr, cfg.critic_lr]
     # A policy that is not the reference at iteration 0 stops the run.
     with pytest.raises(TrainingError, match="RLHF iteration 0: the KL to the initial policy"):
         learner.iterate(prompts, 0)
+    # So do rewards that are not the score less the penalty.
+    monkeypatch.setattr(train_rl, "shaped_rewards", lambda *args: 1.1 * shaped_rewards(*args))
+    with pytest.raises(TrainingError, match="RLHF iteration 3: rewards don't add up"):
+        learner.iterate(prompts, 3)
+    # So do log-probs of a sampler that are not those of the full forward pass.
+    sampler = learner.sampler
+
+    def other_sampler(ids, uniforms):
+        ro = sampler(ids, uniforms)
+        return replace(ro, logp=ro.logp + 0.001)
+    learner.sampler = other_sampler
+    with pytest.raises(TrainingError, match="RLHF iteration 3: log-probs while sampling"):
+        learner.iterate(prompts, 3)
+
+
+def test_defaults_are_those_of_the_papers():
+    """clip, gamma and K of HH App. B.1; OpenAI's where HH is silent; the README's lambda_KL."""
+    cfg = RLConfig()
+    assert (cfg.clip, cfg.gamma, cfg.passes) == (0.2, 1.0, 1)
+    assert (cfg.value_clip, cfg.gae_lambda, cfg.temperature) == (0.2, 0.95, 1.0)
+    readme = Path(train_rl.__file__).with_name("README.md").read_text()
+    assert re.findall(r"λ_KL\W+is ([\d.]+) here", readme) == [str(cfg.kl_coef)]
 
 
 class LikesSevens(ScalarModel):
@@ -522,6 +574,7 @@ def test_a_constant_score_leaves_the_policy_alone_and_teaches_the_critic():
                          gae_lambda=1.0, unfinished_penalty=0.0, value_clip=10.0, critic_lr=1e-2,
                          warmup=1)
     assert torch.equal(flat(learner.reference.parameters()), flat(learner.policy.parameters()))
+    assert log[0]["explained_variance"] == 1  # returns without variance leave nothing unexplained
     assert log[0]["grad_norm"] == 0 and log[0]["policy_loss"] == 0 and log[0]["approx_kl"] < 1e-8
     ids = StubPrompts().draw(64, "new", held_out=False).ids
     ro = plain_rollout(learner.policy, ids, random_uniforms(64, 8, 1), END)
