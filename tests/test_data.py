@@ -1,5 +1,6 @@
 """Tests of data.py. Expected values are computed here in another, slower way, or by hand."""
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -74,15 +75,16 @@ def write_rows(path, *rows):
 
 
 def test_read_comparisons_counts_what_it_drops(tmp_path):
-    half_emoji = {"chosen": Q + " \ud83d", "rejected": Q + " no", "p_chosen": 0}  # becomes "?"
+    # The assistant may speak first, and half an emoji becomes "?".
+    emoji = {"chosen": ASSISTANT + " \ud83d", "rejected": ASSISTANT + " no", "p_chosen": 0}
     path = write_rows(
         tmp_path / "x.jsonl.gz", GOOD | {"p_chosen": 0.75}, b" ", GOOD | {"rejected": Q},
         GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"rejected": Q + "\u2028 \x85no"},
-        GOOD | {"chosen": Q + " "}, GOOD | {"chosen": HUMAN + " else"}, half_emoji)
+        GOOD | {"chosen": Q + " "}, GOOD | {"chosen": HUMAN + " else"}, emoji)
     rows, counter = data.read_comparisons(path, "helpful")
     assert rows == [Comparison(Q, " yes", " no", "helpful", 0.75),
                     Comparison(Q, " yes", "\u2028 \x85no", "helpful"),
-                    Comparison(Q, " ?", " no", "helpful", 0)]
+                    Comparison(ASSISTANT, " ?", " no", "helpful", 0)]
     assert data.counts_line(counter + Counter(read=1700)) == (
         "read 1,707, kept 3, dropped 4 (empty reply 2, identical pair 1, no shared prompt 1)")
     assert data.counts_line(Counter(read=9, kept=9, zero=0)) == "read 9, kept 9, dropped 0"
@@ -147,7 +149,9 @@ def test_load_a_folder(tmp_path):
     assert "empty reply 1" in refused(data.load_comparisons, tmp_path, "test")
 
 
-@pytest.mark.parametrize("name, kind", [("my-harmless.jsonl", "harmless"), ("a.jsonl", "helpful")])
+@pytest.mark.parametrize("name, kind", [
+    ("my-harmless.jsonl", "harmless"), ("harmless-x/a.jsonl", "harmless"), ("a.jsonl", "helpful"),
+    ("harmless/b/a.jsonl", "helpful")])  # only the last folder's name counts
 def test_load_one_file_splits_by_first_question(tmp_path, name, kind):
     rows = []
     for n in range(900):
@@ -157,13 +161,16 @@ def test_load_one_file_splits_by_first_question(tmp_path, name, kind):
     for split in ("train", "test"):
         kept, counters = data.load_comparisons(path, split)
         n_other = 900 - len(kept)
-        assert counters == {name: {"read": 900, "kept": len(kept), "in the other split": n_other}}
-        questions[split] = {data.parse(c.prompt)[0] for c in kept}
+        counts = {"read": 900, "kept": len(kept), "in the other split": n_other}
+        assert counters == {path.name: counts}
+        questions[split] = {data.parse(c.prompt)[0][1] for c in kept}
         replies += [(c.kind, c.chosen) for c in kept]
     assert sorted(replies) == sorted((kind, f" a{n}") for n in range(900))
     assert not questions["train"] & questions["test"]
-    # Each of 450 questions is in the test split with p = 1/16: 28 with a standard error of 5.1.
-    assert 28 - 4 * 5.1 < len(questions["test"]) < 28 + 4 * 5.1
+    # Every process must divide a file alike: the first byte of a hash, and not Python's `hash`.
+    for question in questions["train"] | questions["test"]:
+        is_test = hashlib.sha256(question.encode()).hexdigest()[1] == "0"  # a multiple of 16
+        assert question in questions["test" if is_test else "train"]
 
 
 def test_write_comparisons_can_be_read(tmp_path):
@@ -266,7 +273,7 @@ def test_train_bpe_equals_the_definition(bpe):
 
 
 def test_train_bpe_by_hand(bpe):
-    tok = data.train_bpe(["ab ab ab"], 5000)  # "ab" three times, " ab" twice; then all are tokens
+    tok = data.train_bpe(["ab ab ab cd"], 5000)  # "ab" three times, " ab" twice; " cd" only once
     assert tok.tokens[256:] == [b"ab", b" ab"] and (tok.n_tokens, tok.n_vocab) == (260, 320)
     assert data.train_bpe(["dc", "ba", "dc", "ba"], 259).tokens[256:] == [b"ba"]  # ties: by id
     assert data.train_bpe([], 258).n_tokens == data.train_bpe(["a\ud800"], 258).n_tokens == 258
@@ -341,8 +348,10 @@ def test_prompt_and_reply_have_an_exact_border(name, request):
 def test_save_and_load(bpe, tmp_path):
     path = tmp_path / "new" / "tokenizer.json"
     assert f"{path} does not exist" in refused(Tokenizer.load, path)
-    Tokenizer("", bpe.pattern, bpe.tokens + bpe.tokens[-1:]).save(path)  # a token twice
-    files = [b"[]", b"{}", b"\x80 not json", path.read_bytes()]
+    files = [b"[]", b"{}", b"\x80 not json"]
+    for tokens in (bpe.tokens + bpe.tokens[-1:], bpe.tokens[1:]):  # one twice; a byte is missing
+        Tokenizer("", bpe.pattern, tokens).save(path)
+        files.append(path.read_bytes())
     bpe.save(path)
     loaded, good = Tokenizer.load(path), json.loads(path.read_text())
     assert (loaded.fingerprint, loaded.name, loaded.tokens) == (bpe.fingerprint, "bpe", bpe.tokens)

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_prefix_buffers_and_a_tied_head_change_nothing(folder):
     w |= {f"h.{i}.attn.bias": torch.ones(1, 1, C, C, dtype=torch.uint8) for i in range(L)}
     w |= {"h.0.attn.masked_bias": torch.tensor(-1e4)}
     prefixed = {"transformer." + name: t for name, t in w.items()}
+    assert "occurs twice" in refused(hub.load_gpt2, folder(prefixed | w), N_VOCAB)
     for tensors in (w | head, prefixed | head):
         assert torch.equal(logits(hub.load_gpt2(folder(tensors), N_VOCAB)), plain)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -156,7 +158,8 @@ NAN, EMBED, BIAS = torch.tensor([math.nan]), W["wte.weight"], W["ln_f.bias"]
     ("h.1.mlp.c_fc.weight", torch.ones(4 * D, D), "c_fc.weight has the shape"),  # nn.Linear
     ("wte.weight", torch.ones(V), "wte.weight has the shape [300]; a non-empty matrix was"),
     ("wte.weight", torch.ones(V, 0), "wte.weight has the shape [300, 0]; a non-empty"),
-    ("wte.weight", torch.ones(0, D), "has the shape"), ("wpe.weight", EMBED[None], "the shape"),
+    ("wte.weight", torch.ones(0, D), "has the shape"),
+    ("wpe.weight", EMBED[None], "wpe.weight has the shape [1, 300, 128]; a non-empty"),
     ("wpe.weight", torch.ones(C, 64), "wpe.weight has the shape"),
     ("wte.weight", EMBED.int(), "wte.weight is of torch.int32"),
     ("h.1.mlp.c_fc.bias", torch.ones(4 * D).int(), "c_fc.bias is of torch.int32"),
@@ -182,8 +185,8 @@ def test_configs_of_other_models_are_refused(folder):
         message = refused(hub.load_gpt2, at, N_VOCAB)
         assert f"{at} is not a GPT-2 for this project: " in message
         assert option in message and why in message
-    w = theirs(D=48)
-    assert "width of 48" in refused(hub.load_gpt2, folder(w), N_VOCAB)  # no multiple of 64
+    w = theirs(D=96)
+    assert "width of 96" in refused(hub.load_gpt2, folder(w), N_VOCAB)  # no multiple of 64
     assert hub.load_gpt2(folder(w, n_head=3), N_VOCAB).cfg.n_head == 3
     at = folder(W, n_head=4)
     assert hub.load_gpt2(at / "model.safetensors", N_VOCAB).cfg.n_head == 4
@@ -240,6 +243,8 @@ def test_export_writes_what_transformers_and_we_read(tmp_path, tok):
     expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": C,
                 "vocab_size": tok.n_vocab, "n_embd": D, "n_layer": L, "n_head": 4,
                 "bos_token_id": tok.end_of_turn, "eos_token_id": tok.end_of_turn,
+                "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                 "tie_word_embeddings": True, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
     assert config == config | expected
     assert {file.name for file in at.iterdir()} == {
@@ -297,8 +302,12 @@ def test_the_exported_tokenizer_by_hand(tmp_path):
     assert merges == [["Ġ", "a"], ["Ġa", "a"], ["Ġ", "Ċ"], ["a", "b"], ["x", "ab"], ["Ã", "©"]]
     assert list(vocab.values()) == list(range(262)) and vocab["Ġaa"] == 257 and vocab["!"] == 33
     assert vocab["Ā"] == 0 and vocab["Ń"] == 0xAD  # the first and the last byte without a print
-    assert [(t["id"], t["content"]) for t in content["added_tokens"]] == [
-        (262, "<|endoftext|>"), (263, "<|endofcontext|>")]
+    assert [(t["id"], t["content"], t["special"]) for t in content["added_tokens"]] == [
+        (262, "<|endoftext|>", True), (263, "<|endofcontext|>", True)]
+    split, byte_level = content["pre_tokenizer"]["pretokenizers"]
+    assert split["pattern"] == {"Regex": tok.pattern} and split["behavior"] == "Isolated"
+    # Our pattern cuts the text, and no space is added.
+    assert not (split["invert"] or byte_level["use_regex"] or byte_level["add_prefix_space"])
 
 
 # ---- Downloads ---------------------------------------------------------------
@@ -313,6 +322,8 @@ class Handler(BaseHTTPRequestHandler):
         server, mood = self.server, self.server.mood
         server.asked.append(self.path)
         data = server.files.get(self.path.removesuffix("?there"))
+        if mood == "nonsense":
+            return self.wfile.write(b"what?\r\n\r\n")
         if data is None:
             return self.send_error(404)
         moved = mood == "moved" and not self.path.endswith("?there")
@@ -344,7 +355,9 @@ def server(monkeypatch, tmp_path):
     monkeypatch.delenv("HH_RLHF_DIR", raising=False)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    socket.setdefaulttimeout(60)
     yield server
+    socket.setdefaulttimeout(None)
     server.end.set()
     server.shutdown()
     server.server_close()
@@ -373,7 +386,7 @@ def test_fetches_a_file_once(server, tmp_path, capsys, mood):
     ("", "{server}/none", {}, "404"), ("", NOBODY + "/a.bin", {}, "Connection refused): fetch it"),
     ("", "nonsense://a.bin", {}, ""), ("", "a.bin", {}, ""),
     ("cut", "{server}/a.bin", {}, "51,200 bytes came instead of 102,400"),
-    ("silent", "{server}/a.bin", {}, "timed out"),
+    ("silent", "{server}/a.bin", {}, "timed out"), ("nonsense", "{server}/a.bin", {}, "(what?)"),
     ("", "{server}/a.bin", {"size": 7}, "instead of 7"),
     ("", "{server}/a.bin", {"sha256": "0" * 64}, "hash"),
     ("", "{server}/a.bin", {"check": hub.check_json}, "Expecting value")])
@@ -384,12 +397,12 @@ def test_a_failed_download_says_why_and_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hub, "TIMEOUT", 0.2 if mood == "silent" else 30)
-    timeout, file = socket.getdefaulttimeout(), tmp_path / "empty" / "a.bin"
+    file = tmp_path / "empty" / "a.bin"
     server.files["/a.bin"], server.mood = CONTENT, mood
     url = url.format(server=server.url)
     message = refused(hub.fetch, url, file, **options)
     assert why in message and f"a.bin from {url}" in message and f"put it at {file}" in message
-    assert os.listdir(file.parent) == [] and socket.getdefaulttimeout() == timeout
+    assert os.listdir(file.parent) == [] and socket.getdefaulttimeout() == 60  # as before
     server.mood = ""  # and again, when the network is back, but with a Ctrl-C first
     monkeypatch.setattr(hub, "TIMEOUT", 30)
     with pytest.raises(KeyboardInterrupt):
@@ -412,8 +425,9 @@ def test_gpt2_is_downloaded_once_and_what_is_no_gpt2_is_not_kept(server):
     assert same_function(hub.load_gpt2(at, N_VOCAB), W, 4)
     server.asked.clear()
     assert hub.gpt2_weights("gpt2-medium") == at and hub.gpt2_weights(str(at)) == at
-    assert server.asked == []
-    assert "none of gpt2, gpt2-medium" in refused(hub.gpt2_weights, "gpt3")
+    os.mkdir("gpt2-xl")  # a folder here comes first
+    assert hub.gpt2_weights("gpt2-xl") == Path("gpt2-xl") and server.asked == []
+    assert "none of gpt2, gpt2-medium" in refused(hub.gpt2_weights, "gpt2-huge")
 
 
 def rows(n: int) -> bytes:
@@ -439,7 +453,8 @@ def release(server, monkeypatch):
 
 def test_hh_rlhf_is_downloaded_once_and_loads(release):
     at = hub.resolve_data("hh-rlhf")
-    assert at == hub.cache() / "hh-rlhf" and set(release.asked) == set(release.files)
+    assert at == Path(os.environ["TORCH_HOME"]) / "hub" / "rlhf" / "hh-rlhf"
+    assert set(release.asked) == set(release.files)
     test, counters = load_comparisons(at, "test")
     assert len(load_comparisons(at, "train")[0]) == 9 and len(test) == 5 and len(counters) == 2
     for subset in ("helpful-base", "harmless-base"):
@@ -455,6 +470,7 @@ def test_hh_rlhf_is_downloaded_once_and_loads(release):
     (rows(3), "3 lines instead of 4"), (rows(5), "5 lines instead of 4"),
     (rows(4)[:-12], "ended before"), (b"no gzip", "gzip"), (b"", "0 lines"),
     (gzip.compress(b" \n" * 4), "0 lines"),
+    (gzip.compress(b"x" * (2**25 + 1)), "3 lines"),  # a long line is read 2^24 bytes at a time
     (gzip.compress(b"")[:10] + b"\xff" * 30, "invalid block type")])
 def test_a_wrong_hh_file_is_not_kept(release, content, why):
     release.files[RELEASE + "helpful-base/train.jsonl.gz"] = content

@@ -57,6 +57,7 @@ def test_the_sizes_are_those_of_gpt2_and_of_the_paper():
         without_embeddings = cfg.n_params() - (cfg.vocab_size + cfg.context) * cfg.d_model
         assert abs(without_embeddings / named - 1) < 0.04
         assert cfg.d_model % cfg.n_head == 0 and cfg.d_model == 128 * cfg.n_layer
+        assert (cfg.vocab_size, cfg.context) == (65536, 8192)
 
 
 def test_initial_weights_have_the_stated_spread():
@@ -337,6 +338,8 @@ def test_sampling_inverts_the_cumulative_distribution():
     ids, logp = sample(p.log().expand(9, -1), uniform)
     assert ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
     assert max_difference(logp, p[ids].log()) < 1e-9
+    almost_one = torch.tensor([1 - 2.0**-53], dtype=torch.float64)  # 1 in float32
+    assert sample(p.log().float()[None], almost_one)[0].tolist() == [3]
     ids, logp = sample(p.log().bfloat16().expand(9, -1), uniform)
     assert logp.dtype == torch.float32  # at least: bf16 sums up to 1 in steps of 1/256
 

@@ -73,7 +73,7 @@ def test_reads_every_dtype_at_every_alignment(tmp_path, pad):
 
 A = b'{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
 HOSTILE = [  # why it is refused, and files
-    ("claims a header", b"", b"\x02\0\0", b"\xff" * 8 + b"{}", struct.pack("<Q", 100) + b"{}"),
+    ("claims a header", b"", b"\x02\0\0", b"\xff" * 8 + b"{}", struct.pack("<Q", 3) + b"{}"),
     ("header is not JSON", pack(b'{"\xff": 1}'), pack('{"a": {}}'.encode("utf-16")), pack(b""),
      pack(b"{'a': 1}"), pack(b"[" * 200_000), pack(b'{"a": ' + b"9" * 5000 + b"}")),
     ("header is not a JSON object", pack([{}]), pack(b"null")),
@@ -108,6 +108,7 @@ def test_refuses_a_hostile_safetensors_file(tmp_path, case):
 @pytest.mark.parametrize("content, expected", [
     (pack(b"{}"), {}), (one(shape=[1] * 7 + [2]), {"a": [[[[[[[[0, 0]]]]]]]]}),
     (two([0, 8], [8, 16], 16), {"b": [*range(8, 16)], "a": [*range(8)]}),  # in any order
+    (two([0, 0], [0, 8], 8), {"b": [*range(8)], "a": []}),
     (one(dtype="BOOL", shape=[8]).replace(bytes(8), bytes(range(8))), {"a": [False] + [True] * 7})])
 def test_the_cases_above_are_refused_for_what_is_wrong_with_them(tmp_path, content, expected):
     (tmp_path / "a.safetensors").write_bytes(content)
@@ -152,7 +153,8 @@ def test_a_damaged_file_gives_a_sentence_or_tensors_within_the_file(tmp_path):
 
 def test_what_is_written_is_read_and_the_file_stays_as_it_is(tmp_path, monkeypatch):
     tensors = {"a": torch.randn(5, 3), "b": torch.randn(4, 6).t(), "c": torch.tensor(1.5),
-               "d": torch.zeros(0, 3), "e": torch.ones(1000, dtype=torch.float64)}
+               "d": torch.zeros(0, 3), "e": torch.ones(1000, dtype=torch.float64),
+               "f": torch.ones(2, requires_grad=True)}
     file = tmp_path / "deep" / "a.safetensors"
     write_safetensors(file, tensors)
     before = file.read_bytes()
@@ -164,6 +166,11 @@ def test_what_is_written_is_read_and_the_file_stays_as_it_is(tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", lambda source, target: open("no such file"))  # OSError
     assert f"cannot write {file}: No such file" in refused(write_safetensors, file, tensors)
     assert file.read_bytes() == before and os.listdir(file.parent) == ["a.safetensors"]
+
+    def no_room(*args, **kwargs):
+        raise RuntimeError("unable to mmap\nC++ frames")
+    monkeypatch.setattr(torch, "from_file", no_room)
+    assert refused(read_safetensors, file).endswith("file: unable to mmap")
 
 
 # ---- Checkpoints -------------------------------------------------------------
@@ -208,10 +215,11 @@ def test_both_formats_of_torch(tmp_path, monkeypatch, zipped):
 
 def test_refuses_what_is_no_dictionary_of_plain_tensors(tmp_path):
     file, a_petabyte = tmp_path / "m.bin", torch.zeros(1).expand(2**48)
+    more_than_the_file = torch.zeros(1).expand(1000)  # 4,000 bytes; the file has less, but 1,000
     for content in (torch.ones(2), [torch.ones(2)], {1: torch.ones(2)}):
         torch.save(content, file)
         assert f"{file} does not hold a dictionary" in refused(read_weights, file)
     for value in ("text", {"b": torch.ones(2)}, torch.eye(3).to_sparse(), a_petabyte,
-                  torch.ones(1, device="meta")):
+                  more_than_the_file, torch.ones(1, device="meta")):
         torch.save({"b": torch.ones(1), "a": value}, file)
         assert f"{file} does not hold a plain tensor under 'a'" in refused(read_weights, file)
