@@ -30,10 +30,12 @@ def check_rollout(ro: Rollouts, logp, ref_logp, end_of_turn: int, where: str, is
     if (is_end.sum(1) > ro.finished).any():
         raise TrainingError(f"{where}: a response goes on after its end-of-turn token")
     on_cpu = ro.tokens.device.type == "cpu"
-    gap = (ro.logp - logp)[ro.mask].abs().mean().item()
-    if not gap <= (1e-4 if on_cpu else 5e-2):  # "not <=" stops NaN, too
+    difference = torch.where(ro.mask, ro.logp - logp, 0).abs()  # (N, R)
+    gaps = difference.sum(1) / ro.response_len                  # (N,) nats a token
+    mean, worst = gaps.mean().item(), gaps.max().item()  # one bad slot hardly moves the mean
+    if not (mean <= (1e-4 if on_cpu else 5e-2) and worst <= (1e-3 if on_cpu else 0.3)):  # NaN fails
         raise TrainingError(f"{where}: log-probs while sampling and in the full forward pass "
-                            f"differ by {gap:.2g} nats a token")
+                            f"differ by {mean:.2g} nats a token, and by {worst:.2g} in one response")
     gap_to_reference = (logp - ref_logp)[ro.mask].abs().mean().item()
     if is_first and not gap_to_reference <= (1e-5 if on_cpu else 2e-2):
         raise TrainingError(f"{where}: the KL to the initial policy isn't 0 before the first "
@@ -49,8 +51,8 @@ def check_rewards(rewards, scores, logp, ref_logp, mask, kl_coef, where: str):
 
 
 def checksum(model) -> float:
-    """A number that changes if the model does; float64."""
-    return sum(parameter.detach().double().sum().item() for parameter in model.parameters())
+    """A number that changes if the model does."""
+    return sum(parameter.detach().sum().item() for parameter in model.parameters())
 
 
 def check_frozen(models: list, checksums: list[float], where: str):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model import GPTConfig
-from run import UserError, logits_at_once, tokens_at_once
+from run import UserError, compute_dtype, logits_at_once, tokens_at_once
 
 GIB = 2**30
 
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def free_memory(device) -> float:
-    """Bytes that can still be allocated; infinity where the system does not say."""
+    """Bytes that can still be allocated; infinity where the system does not say (Macs, for one)."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -53,13 +53,12 @@ def free_in_container(root=Path("/sys/fs/cgroup")) -> float:
 PREFILL_TOKENS = 8192  # tokens that one prefill batch holds
 # On a CPU, sampling gains little from more than about 64 rows. On a GPU, more rows share one
 # reading of the weights.
-MOST_SLOTS = {"cpu": 64, "cuda": 512}
+MOST_SLOTS = {"cpu": 64, "gpu": 512}
 
 
 def sampling_memory(cfg: GPTConfig, slots: int, size: int, device="cpu") -> dict[str, int]:
     """Bytes that sampling takes besides the policy itself, for slots of up to `size` tokens."""
-    on_gpu = torch.device(device).type == "cuda"
-    number_bytes = 2 if on_gpu else 4  # bf16 on a GPU, else float32
+    number_bytes = compute_dtype(device).itemsize
     token_bytes = 2 * cfg.n_layer * cfg.d_model * number_bytes  # keys and values
     n_matrix_params = 12 * cfg.n_layer * cfg.d_model**2
     # Prefill needs, for each token: its cache entry; a row of the attention mask, 1 byte as bool
@@ -72,7 +71,7 @@ def sampling_memory(cfg: GPTConfig, slots: int, size: int, device="cpu") -> dict
         "cache": slots * size * token_bytes,
         "logits": n_logit_copies * slots * cfg.vocab_size * 4,
         "prefill": max(PREFILL_TOKENS, size) * prefill_bytes,
-        "copy": copy_bytes if on_gpu else 0,
+        "copy": copy_bytes if number_bytes == 2 else 0,  # of the policy, in bf16
     }
 
 
@@ -80,7 +79,7 @@ def fitting_slots(cfg: GPTConfig, size: int, device="cpu", budget: float = 0.0) 
     """Return the largest power of two, at most MOST_SLOTS, whose memory fits into `budget` bytes
     (0: half of what is free). Raises UserError if not even one slot fits."""
     budget = budget or free_memory(device) / 2
-    slots = MOST_SLOTS[torch.device(device).type]
+    slots = MOST_SLOTS["cpu" if torch.device(device).type == "cpu" else "gpu"]
     while slots > 1 and sum(sampling_memory(cfg, slots, size, device).values()) > budget:
         slots //= 2
     needed = sum(sampling_memory(cfg, slots, size, device).values())
@@ -111,14 +110,13 @@ ROW_BYTES = 2048  # a document of the toy world takes 2.9 kB, as text and as a l
 def training_memory(cfg: GPTConfig, stage: StageMemory, recompute: bool, device) -> dict[str, int]:
     """About how many bytes a stage takes on its device, by what they are for. What is not counted
     is small or depends on the data."""
-    on_gpu = torch.device(device).type == "cuda"
     n_params = cfg.n_params()
     n_tokens = tokens_at_once(stage.token_budget, device)
     if stage.step_tokens:
         n_tokens = min(n_tokens, stage.step_tokens)
     # What the backward pass of a block needs, in D numbers a token: x, LN(x), q, k, v, the
     # attention's output; x, LN(x), and 4 D before and after the GELU.
-    number_bytes = 2 if on_gpu else 4  # at least: under autocast some are bf16, some float32
+    number_bytes = compute_dtype(device).itemsize  # at least: under autocast some stay float32
     block = 16 * n_tokens * cfg.d_model * number_bytes
     # Where a chunk of logits is differentiated: its log-probs, and the gradients of both.
     logits = 3 * 4 * min(n_tokens * cfg.vocab_size, logits_at_once(0, device))
@@ -143,11 +141,11 @@ def check_stage(name: str, cfg: GPTConfig, stage: StageMemory, recompute: bool, 
     # The state is put together on the CPU before it is written: weights and Adam's two moments.
     on_cpu = {"state to be saved": 12 * cfg.n_params() * stage.n_trained,
               "data": stage.n_rows * ROW_BYTES}
-    if torch.device(device).type == "cpu":
-        check_free(name, parts | on_cpu, device)
-    else:
+    if torch.device(device).type == "cuda":
         check_free(name, parts, device)
         check_free(name, on_cpu, "cpu")
+    else:  # a Mac's GPU shares its memory with the CPU
+        check_free(name, parts | on_cpu, device)
 
 
 def check_free(name: str, parts: dict[str, int], device):

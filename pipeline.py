@@ -46,7 +46,8 @@ class RunConfig:
     context: int = 0         # longest row in tokens (0: 192 for the toy, 512 for real data)
     tokenizer: str = "auto"  # "bpe" trains one, "gpt2" is GPT-2's (auto: bpe for the toy only)
     seed: int = 0            # seeds the data, the weights and all sampling
-    device: str = "auto"     # "cpu", "cuda", ... (auto: a GPU if there is one)
+    device: str = "auto"     # "cpu", "cuda", "mps" (auto: an NVIDIA GPU if there is one, else CPU)
+    precision: str = "auto"  # on a GPU, "bf16" or "float32" (auto: bf16 if it has it in hardware)
     resume: bool = False     # continue an interrupted run from its last checkpoint
     recompute: bool = False  # rerun blocks in the backward pass: less memory, a third more time
     compile: bool = False    # torch.compile the blocks (needs a C++ compiler; slow to start)
@@ -54,7 +55,7 @@ class RunConfig:
 
 
 # Options that may change between commands on the same folder.
-FREE_OPTIONS = ("out", "device", "resume", "recompute", "compile", "export")
+FREE_OPTIONS = ("out", "device", "precision", "resume", "recompute", "compile", "export")
 # Options of a stage that may change when it is resumed: they change results by rounding only.
 SPEED_OPTIONS = ("token_budget", "slots")
 # Exceptions to "above 0", and fields that have an upper limit of 1.
@@ -103,7 +104,7 @@ class Run(Folder):
         """can_export: whether this command trains a policy that --export can write. Raises
         UserError for options that contradict each other or have unknown values."""
         check_choices(cfg, can_export)
-        self.cfg, self.device = cfg, choose_device(cfg.device)
+        self.cfg, self.device = cfg, choose_device(cfg.device, cfg.precision)
         self.toy = cfg.data == "toy"
         self.data = None if self.toy else hub.resolve_data(cfg.data)
         self.subsets = [name.strip() for name in cfg.subsets.split(",") if name.strip()] or None

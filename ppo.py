@@ -237,12 +237,15 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                 with autocast(mask.device):
                     states = token_states(policy, ro, i)                                  # (n, D)
                     logp = token_logprobs(policy, states, actions, cfg.temperature)       # (n,)
-                    new_values = state_values(critic, ro, i)[mask]                        # (n,)
                 policy_sum = policy_loss(logp, old_logp, ex.advantages[i][mask], cfg.clip).sum()
+                (policy_sum / n_tokens).backward()
+                # The critic is another network. Its turn comes after the policy's backward pass,
+                # so that the activations of only one of them are held at a time.
+                with autocast(mask.device):
+                    new_values = state_values(critic, ro, i)[mask]                        # (n,)
                 value_sum = value_loss(new_values, old_values, returns, cfg.value_clip).sum()
+                (value_sum / n_tokens).backward()
                 check_finite(where, policy_loss=policy_sum.item(), value_loss=value_sum.item())
-                # Policy and critic are two networks, so the sum of their losses needs no weights.
-                ((policy_sum + value_sum) / n_tokens).backward()
 
                 # For the log:
                 entropy = token_entropies(policy, states, cfg.temperature).sum()

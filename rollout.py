@@ -26,7 +26,7 @@ from cache import KVCache, forward_cached, prefill
 from data import batches_by_length, pad
 from memory import PREFILL_TOKENS, fitting_slots
 from model import GPT, sample
-from run import UserError, autocast
+from run import UserError, autocast, compute_dtype
 
 # ---- 1. Rollouts -------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class Sampler:
         self.poll_every = poll_every or (8 if on_gpu else 2)
         self.use_graphs = on_gpu and use_graphs
         self.model = policy
-        if on_gpu:
+        if compute_dtype(self.device) == torch.bfloat16:
             # Under autocast every use converts a float32 matrix to bf16, which costs more than the
             # multiplication. A bf16 copy, refreshed once per call, gives the same numbers.
             self.model = copy.deepcopy(policy).requires_grad_(False)
@@ -233,13 +233,14 @@ class Sampler:
             self._step(B, C)
         elif (B, C) in self.graphs:
             self.graphs[B, C].replay()
-        else:
-            # The first step of a shape runs eagerly as a warm-up, and its result is used. Recording
-            # executes nothing.
+        elif (B, C) not in self.seen:
+            # The first step of a shape runs eagerly as a warm-up. Some shapes never come again.
+            self.seen.add((B, C))
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self._step(B, C)
             torch.cuda.current_stream().wait_stream(self.stream)
+        else:
             # Graphs run one at a time and keep results only in the buffers, so they can share the
             # memory of their intermediate results.
             pool = None
@@ -247,8 +248,9 @@ class Sampler:
                 pool = next(iter(self.graphs.values())).pool()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._step(B, C)
+                self._step(B, C)  # recorded, not executed
             self.graphs[B, C] = graph
+            graph.replay()
 
     def _admit(self, slots: list[int], responses: list[int], prompts: list[list[int]]):
         """Give prompts to idle slots. All of a prompt but its last token is read at once (prefill);
@@ -309,10 +311,12 @@ class Sampler:
         if (self.cache and size <= self.cache.k.shape[3] and n_responses <= self.idle_response
                 and max_response == self.uniforms.shape[1]):
             return
-        self.cache, self.graphs = None, {}  # frees the old ones first
+        self.cache, self.graphs, self.seen = None, {}, set()  # frees the old ones first
         cfg, N, device = self.policy.cfg, n_responses, self.device
         dtype = sampling_dtype(self.policy)
-        cache_dtype = torch.bfloat16 if device.type == "cuda" else dtype
+        cache_dtype = dtype
+        if compute_dtype(device) == torch.bfloat16:
+            cache_dtype = torch.bfloat16
         B = min(self.wanted_slots or fitting_slots(cfg, size, device), _power_of_two(N))
         self.slots = B
         self.cache = KVCache(cfg, B, size, device, cache_dtype)

@@ -33,7 +33,9 @@ def _hide_traceback_of_ctrl_c(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = _hide_traceback_of_ctrl_c  # before the next line, which takes a second
+sys.excepthook = _hide_traceback_of_ctrl_c  # before the import of torch, which takes a second
+# torch reads this when it is imported. What a Mac's GPU lacks then runs on its CPU, with a warning.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import torch
 from tqdm import tqdm
@@ -215,27 +217,51 @@ def torch_rng(seed: int, *name) -> torch.Generator:
 # ---- 4. Devices --------------------------------------------------------------
 
 
-def choose_device(name: str) -> torch.device:
-    """The named device; for "auto" a GPU if there is one, else the CPU. Raises UserError if the
-    device is not available."""
+_precision = "auto"  # what --precision says; set by `choose_device`
+
+
+def choose_device(name: str, precision: str = "auto") -> torch.device:
+    """The named device; for "auto" an NVIDIA GPU if there is one, else the CPU. Sets the precision
+    of its arithmetic. Raises UserError if the device or the precision is not available."""
+    global _precision
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # streams and graphs are made on the current device
-        if device.type in ("cpu", "cuda"):
-            return device
     except (RuntimeError, AssertionError):
-        pass
-    raise UserError(f"--device {name} is not available here; use cpu, cuda or auto")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is not available here; use cpu, cuda, mps or auto")
+    if precision not in ("auto", "bf16", "float32"):
+        raise UserError(f"--precision {precision}: choose auto, bf16 or float32")
+    if precision == "bf16" and device.type != "cuda":
+        raise UserError("--precision bf16 needs an NVIDIA GPU; leave it out")
+    _precision = precision
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are made on the current device
+        # cuDNN's attention plans anew for each new shape, and here nearly every batch has one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # The products that stay in float32, above all the logits, may round their inputs to TF32's
+        # 10 bits. Their results are float32, unlike bf16's.
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def compute_dtype(device) -> torch.dtype:
+    """The dtype of most matrix products: bf16 on a GPU that has it in hardware (a T4 only imitates
+    it, slowly), else float32. --precision overrides it on a GPU."""
+    if torch.device(device).type != "cuda" or _precision == "float32":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 or _precision == "bf16" else torch.float32
 
 
 def autocast(device):
-    """bf16 arithmetic on a GPU, plain float32 on the CPU. Losses are float32 on both."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
+    """Matrix products in `compute_dtype`. Losses are float32 in any case."""
+    is_enabled = compute_dtype(device) == torch.bfloat16
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=is_enabled)
 
 
 def tokens_at_once(budget: int, device) -> int:

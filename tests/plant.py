@@ -14,7 +14,8 @@ it (nothing, if there is no such line), and both may have several lines:
     - gamma * gae_lambda * advantage
     + gamma * advantage
 
-Each bug is planted in a copy of the project. Its test must then fail, or not end in time.
+Each bug is planted in a copy of the project. Its test must then fail, or not end in time. A test
+that is skipped notices nothing: set HH_RLHF_DIR and TIKTOKEN_CACHE_DIR as for the whole suite.
 """
 import os
 import shutil

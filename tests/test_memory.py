@@ -1,4 +1,5 @@
-"""Tests of memory.py: what is stated is compared with the bytes that tensors really hold."""
+"""Tests of memory.py and of the choice of a device (run.py). What memory.py states is compared with
+the bytes that tensors really hold. GPUs are faked: what torch says of them is replaced."""
 import math
 from dataclasses import replace
 
@@ -10,13 +11,19 @@ from torch.utils._pytree import tree_leaves
 
 import memory
 import rollout
+import run
 from helpers import CFG, END, random_uniforms
 from memory import (
     MOST_SLOTS, StageMemory, check_stage, fitting_slots, free_in_container, free_memory,
     sampling_memory, training_memory)
 from model import SIZES, GPT, GPTConfig, token_logprobs
 from rollout import Sampler
-from run import UserError
+from run import UserError, autocast, choose_device, compute_dtype
+
+@pytest.fixture(autouse=True)
+def a_gpu_with_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
 
 LONG = replace(CFG, context=160)  # so that steps read caches of many lengths
 
@@ -79,11 +86,12 @@ def test_memory_by_hand():
 def test_fitting_slots_is_the_largest_power_of_two_that_fits(cfg, size, device):
     def needed(slots):
         return sum(sampling_memory(cfg, slots, size, device).values())
-    for slots in (2, 8, MOST_SLOTS[device]):
+    most = MOST_SLOTS["cpu" if device == "cpu" else "gpu"]
+    for slots in (2, 8, most):
         assert fitting_slots(cfg, size, device, needed(slots)) == slots
         assert fitting_slots(cfg, size, device, needed(slots) - 1) == slots // 2
     assert fitting_slots(cfg, size, device, needed(1)) == 1
-    assert fitting_slots(cfg, size, device, 1e18) == MOST_SLOTS[device]
+    assert fitting_slots(cfg, size, device, 1e18) == most
     with pytest.raises(UserError, match=f"rows of {size} tokens takes .* GiB"):
         fitting_slots(cfg, size, device, needed(1) - 1)
 
@@ -173,3 +181,63 @@ def test_a_stage_that_does_not_fit_is_refused(device, monkeypatch):
         with pytest.raises(UserError, match="'cd' takes about .* GiB of .* are free"):
             check_stage("cd", cfg, stage, False, device)
         free[short] += 1
+
+
+# ---- Devices -----------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine("cuda", bf16=False): a machine with this kind of GPU, if any, and a record of what
+    torch was told."""
+    def machine(gpu: str, bf16=True) -> list:
+        told, zeros = [], torch.zeros
+
+        def fake_zeros(*size, device):
+            if device.type not in ("cpu", gpu):
+                raise RuntimeError("no such device")
+            return zeros(*size)
+        monkeypatch.setattr(torch, "zeros", fake_zeros)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu == "cuda")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation: bf16 or including_emulation)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(str(device)))
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp",
+                            lambda is_on: told.append(("cudnn", is_on)))
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+        return told
+    monkeypatch.setattr(run, "_precision", "auto")
+    return machine
+
+
+@pytest.mark.parametrize("gpu, name, expected, told", [
+    ("none", "auto", "cpu", []), ("cuda", "auto", "cuda", [("cudnn", False), "high"]),
+    ("cuda", "cuda:1", "cuda:1", ["cuda:1", ("cudnn", False), "high"]), ("cuda", "cpu", "cpu", []),
+    ("mps", "auto", "cpu", []), ("mps", "mps", "mps", [])])
+def test_the_device_that_is_chosen(machine, gpu, name, expected, told):
+    found = machine(gpu)
+    assert choose_device(name) == torch.device(expected) and found == told
+
+
+@pytest.mark.parametrize("gpu, options, words", [
+    ("none", ["cuda"], "--device cuda is not available here"), ("cuda", ["mps"], "--device mps is"),
+    ("none", ["typo"], "--device typo is"), ("meta", ["meta"], "--device meta is"),
+    ("mps", ["mps", "bf16"], "--precision bf16 needs an NVIDIA GPU"),
+    ("none", ["cpu", "fp8"], "--precision fp8: choose auto, bf16 or float32")])
+def test_a_device_that_is_not_there(machine, gpu, options, words):
+    machine(gpu)
+    with pytest.raises(UserError, match=words):
+        choose_device(*options)
+
+
+@pytest.mark.parametrize("has_bf16, precision, is_bf16", [
+    (True, "auto", True), (False, "auto", False),  # a T4 has none
+    (True, "float32", False), (False, "bf16", True)])
+def test_the_precision_of_a_gpu(machine, has_bf16, precision, is_bf16):
+    machine("cuda", bf16=has_bf16)
+    device = choose_device("cuda", precision)
+    assert compute_dtype(device) == (torch.bfloat16 if is_bf16 else torch.float32)
+    assert compute_dtype("cpu") == compute_dtype("mps") == torch.float32
+    cache = sampling_memory(SIZES["gpt2"], 1, 512, device)["cache"]
+    assert cache == 512 * 2 * 12 * 768 * (2 if is_bf16 else 4)
+    assert not autocast("cpu")._enabled and not autocast("mps")._enabled

@@ -214,9 +214,11 @@ def test_a_rollout_that_does_not_fit_its_log_probs_stops_the_run(world):
     logp = all_logprobs(world.policy, ro, cfg)
     not_sampled = ro.logp.masked_fill(~ro.mask, NAN)  # nobody's log-probs
     cancelling = logp.masked_scatter(ro.mask, logp[ro.mask].flip(0))  # errors whose mean is 0
+    one_slot = ro.logp.clone()
+    one_slot[5] += 0.0012  # in one response of 24, so the mean is 5e-5
     check_rollout(replace(ro, logp=not_sampled), logp, logp, END, "iteration 7", is_first=True)
     for sampled in (ro.logp.roll(1, 1), ro.logp + 0.001, ro.logp - 0.001, ro.logp * NAN,
-                    cancelling):
+                    cancelling, one_slot):
         with pytest.raises(TrainingError, match="iteration 7: log-probs while sampling"):
             check_rollout(replace(ro, logp=sampled), logp, logp, END, "iteration 7", False)
     # The KL must be 0 before the first update only.

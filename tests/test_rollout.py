@@ -305,7 +305,7 @@ def test_the_bf16_copy_follows_the_policy(many, monkeypatch):
     class SaysGpu(torch.nn.Parameter):
         device = torch.device("cuda")
     monkeypatch.setattr(rollout_module, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
-    monkeypatch.setattr(rollout_module, "KVCache", lambda *args: KVCache(*args[:4], torch.bfloat16))
+    monkeypatch.setattr(rollout_module, "compute_dtype", lambda device: torch.bfloat16)
     policy, responses = copy.deepcopy(many.policy).float(), []
     policy.embed.weight = SaysGpu(policy.embed.weight.data)
     sampler = Sampler(policy, END, slots=8, use_graphs=False)
@@ -321,7 +321,7 @@ def test_the_bf16_copy_follows_the_policy(many, monkeypatch):
     assert responses[0] != responses[1]
 
 
-def test_a_step_of_each_shape_is_recorded_once_and_replayed(many, monkeypatch):
+def test_a_step_of_each_shape_that_comes_again_is_recorded_once_and_replayed(many, monkeypatch):
     """On a stand-in for CUDA in which recording executes nothing and a replay makes the step."""
     sampler, graphs, events = Sampler(many.policy, END, slots=8), [], []
     main, side = SimpleNamespace(), SimpleNamespace()
@@ -361,7 +361,9 @@ def test_a_step_of_each_shape_is_recorded_once_and_replayed(many, monkeypatch):
     the_same(sampler(many.prompts, many.uniforms, many.limits), many.limited)
     assert len({graph.shape for graph in graphs}) == len(graphs) > 5
     assert events[:4] == ["side waits", "enter", "step", "main waits"]
-    assert events.count("step") == len(graphs) == sampler.steps - events.count("replay")
+    # The first step of a shape is eager, the second is recorded, and from then on it is replayed.
+    assert events.count("step") + events.count("replay") == sampler.steps
+    assert len(graphs) <= events.count("step") < 2 * len(graphs)
     graphs.clear()  # another R needs other buffers, and what was recorded is of no use
     args = many.prompts, many.uniforms[:, :5]
     the_same(sampler(*args), plain_rollout(many.policy, *args, END))
