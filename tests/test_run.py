@@ -500,7 +500,7 @@ def test_options_of_a_folder_and_its_name(tmp_path, monkeypatch):
                       (RunConfig(data="my.set", seed=3), "out/my-3"), (RunConfig(out="x"), "x")):
         assert Run(cfg).out == Path(name)
     free = {"out": "a", "device": "cpu", "resume": True, "recompute": True, "compile": True,
-            "export": "b"}
+            "export": "b", "precision": "float32"}
     run = Run(RunConfig(**free), can_export=True)
     kept = dataclasses.asdict(RunConfig())
     assert run.options == {k: v for k, v in kept.items() if k not in free}
