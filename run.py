@@ -62,7 +62,8 @@ def check_finite(where: str, **numbers: float):
 
 def first_sentence(error: Exception) -> str:
     """What a library's error says, in at most 100 characters; cut between words."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    text = str(error).split("DefaultCPUAllocator: ")[-1]  # without the line of torch's C++ code
+    lines = text.splitlines() or [type(error).__name__]
     return textwrap.shorten(lines[0].split(". ")[0], 100, placeholder=" ...")
 
 
@@ -194,10 +195,11 @@ def errors_in_one_sentence():
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Python, the GPU and torch's CPU allocator say it in three ways."""
+    """Python, the GPU and torch's CPU allocator say it in three ways, the last of which has other
+    words on other systems ("can't allocate memory" on Linux)."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "not enough memory" in str(error)
+    return "DefaultCPUAllocator: " in str(error)
 
 
 # ---- 3. Randomness -----------------------------------------------------------

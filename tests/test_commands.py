@@ -23,6 +23,7 @@ from torch.optim.optimizer import (register_optimizer_step_post_hook,
 import data
 import evaluate
 import hub
+import pipeline
 import rollout
 import toy
 import toy_corpus
@@ -31,9 +32,10 @@ import train_pm
 import train_rl
 from data import ASSISTANT, HUMAN
 from model import GPT, SIZES, GPTConfig
-from pipeline import PIPELINE, PRESETS, Run, main
-from run import file_hash, flag, load, save
+from pipeline import PIPELINE, PRESETS, Run, RunConfig, main
+from run import UserError, file_hash, flag, load, save
 from stage import Folder, Stage
+from train_lm import CDConfig
 from test_run import CONFIGS, Killed, broken_checkpoints, content, die_at_a_new_write
 
 ROOT = Path(train_rl.__file__).resolve().parent
@@ -125,6 +127,10 @@ class Watch:
         self.judges = []   # the policy, the reference and the PM of each evaluation
         self.shown = []    # the replies in each print of dialogues: before and after
         self.tables = []   # the numbers in the closing table: before and after
+        self.names = {}    # the name of a generator -> the stages that asked for it
+        self.parts = {}    # stage -> what its state holds
+        self.optimizers = {}
+        self.loaded = {}   # stage -> the results that it reads
 
     def see(self, rows, training=None):
         """Without `training`, rows are trained on where gradients are wanted."""
@@ -157,7 +163,19 @@ class Watch:
         def evaluated(run, cfg, *models):
             self.training = False
             self.judges.append([id(model) for model in models[:3]])
+        def named(folder, *name):
+            self.names.setdefault(name, set()).add(self.stage)
+
+        def start(stage, **parts):
+            self.parts[stage.name] = parts
+            return start_stage(stage, **parts)
+        start_stage = Stage.start
+        patch.setattr(Stage, "start", start)
+        before(Folder, "rng", named)
+        before(Folder, "torch_rng", lambda folder, *name: named(folder, "torch", *name))
         before(Folder, "begin", begin)
+        before(Run, "load_model", lambda run, name, *_: self.loaded.setdefault(
+            self.stage, set()).add(name))
         before(train_pm, "fit", weighted)
         before(train_lm, "lm_loss", lambda model, rows, *_: self.see(rows))
         before(train_lm, "distillation_loss", lambda *args: self.see(args[3]))
@@ -181,6 +199,7 @@ class Watch:
 
     def step(self, optimizer, *_):
         groups = []
+        self.optimizers[self.stage] = optimizer
         for group in optimizer.param_groups:
             used = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
             grads = [p.grad for p in group["params"]]
@@ -242,12 +261,20 @@ def test_a_whole_run_leaves_its_files_and_rests_on_parents(trained):
     assert names == {".lock", "config.json", "tokenizer.json", "metrics.jsonl", "samples.txt",
                      "train.jsonl", "test.jsonl", *RESULTS.values()}
     assert len(list(out.glob("comparisons/*/*.jsonl"))) == 4
-    for result, parents in PIPELINE.values():
+    for stage, (result, parents) in PIPELINE.items():
+        assert trained[1].loaded.get(stage, set()) == set(parents)
         assert load(out / result)["parents"] == file_hash([out / parent for parent in parents])
     assert [line["step"] for line in lines(out, "rl")] == [0, 1, 2, 3, 4, 5, 6]
     evaluated = [line["step"] for line in lines(out, "rl") if "eval_kl" in line]
     assert evaluated == [0, 2, 4, 6]
     config = json.loads((out / "config.json").read_text())
+    assert len(trained[1].read["lm", "test"]) == 120  # no more than --lm.documents
+    for stage, parts in trained[1].parts.items():  # what a state must hold
+        assert parts["optimizer"] is trained[1].optimizers[stage], stage
+        saved, network = load(out / RESULTS[stage])["model"], next(iter(parts.values()))
+        assert all(map(torch.equal, saved.values(), network.state_dict().values())), stage
+    for name, stages in trained[1].names.items():
+        assert len(stages) == 1, f"two stages draw the same random numbers: {name}"
     assert config["pm"]["noise"] == 0.5 and config["rl"]["batch"] == 8 and set(config) == {
         "run", *RESULTS}
 
@@ -550,7 +577,8 @@ def test_nan_never_reaches_a_checkpoint(trained, copy, call_small, monkeypatch, 
         assert name == "optimizer" or all(w.isfinite().all() for w in part.values())
     found = {p.name: p.read_bytes() for p in out.glob("*.pt") if "state" not in p.name}
     assert found == older
-    assert call_small("train_rl.py", out, "--resume").code == 0
+    result = call_small("train_rl.py", out, "--resume")
+    assert result.code == 0 and (stage != "pm" or "sampled" not in result.out)
     assert content(out) == content(trained[0])
 
 
@@ -575,13 +603,17 @@ def test_a_new_lm_makes_the_old_pm_stale(copy, call_small):
     save(out / "initial.pt", **load(out / "initial.pt") | {"more": 1})
     result = call_small("train_rl.py", out)
     assert_one_sentence(result, out / "pm.pt", "not trained from the present", out / "initial.pt")
-    assert call_small("train_lm.py", out, "--lm.lr", 0.01, *none[:2]).code == 0
+    other = ["--lm.lr", 0.01, "--lm.warmup", 0, *none[:2]]
+    assert call_small("train_lm.py", out, *other).code == 0
+    (out / "initial.pt").unlink()
+    result = call_small("train_lm.py", out, *other, "--resume")
+    assert result.code == 0 and f"nothing to resume: {out / 'lm.pt'}" in result.out
     result = call_small("train_rl.py", out)
     assert_one_sentence(result, out / "pmp.pt", "was not trained from the present")
     (out / "pmp.pt").unlink()
     (out / "pm.pt").unlink()
     result = call_small("train_pm.py", out, *none)
-    assert result.code == 0 and "(ignored: --lm.lr was 0.01, now 0.005)" in result.out
+    assert result.code == 0 and "(ignored: --lm.lr was 0.01, now 0.005; --" in result.out
     lm, initial, pmp = (load(out / name)["model"] for name in ("lm.pt", "initial.pt", "pmp.pt"))
     assert all(torch.equal(lm[k], initial[k]) for k in lm) and "pmp_state.pt" not in os.listdir(out)
     assert torch.equal(lm["positions.weight"], pmp["trunk.positions.weight"])
@@ -601,11 +633,13 @@ def test_a_new_lm_makes_the_old_pm_stale(copy, call_small):
     ("train_rl.py", "--lm.vocab 300 --context 140 --pm.max-response 12", "a larger --lm"),
     ("train_rl.py", "--lm.documents 1000000000", "stage 'lm' takes about"),
     ("train_rl.py", "--context 1000000000", "stage 'lm' takes about"),
-    ("train_rl.py", "--size 52B", "stage 'lm' takes about"),
+    *[(script, "--size 52B", "stage 'lm' takes about") for script in SCRIPTS],
+    ("train_lm.py", "--context 48", "tokens that is distilled"),
     ("train_pm.py", "--pm.test 1000000000", "stage 'pm' takes about"),
     ("train_rl.py", "--rl.slots 1000000000", "stage 'rl' takes about"),
     ("train_pm.py", "--pm.max-response 185", "--pm.max-response 185 leaves no room"),
-    ("train_rl.py", "--context 30", "--context 30"), ("train_lm.py", "--lm.vocab 10", "--lm.vocab"),
+    ("train_rl.py", "--context 30", "--context 30"),
+    ("train_lm.py", "--lm.vocab 299", "--lm.vocab 299 is too small"),
     ("train_rl.py", "--pm.test 0", "--pm.test 0"), ("train_lm.py", "--export x", "train_rl.py")])
 def test_options_that_cannot_be(tmp_path, monkeypatch, call_small, script, args, words):
     monkeypatch.chdir(tmp_path)
@@ -626,6 +660,82 @@ def test_a_mistake_in_the_data_is_found_before_training(tmp_path, call, where):
     assert call(*args, "--lm.documents", 8).code == 0
 
 
+@pytest.fixture
+def real(tmp_path) -> Run:
+    options = {"data": str(write_set(tmp_path / "set")), "out": str(tmp_path / "out")}
+    run = Run(RunConfig(**options, tokenizer="bpe", device="cpu"))
+    run.tok = data.train_bpe([row["chosen"] for row in rows(200, "tokens")], 400)
+    return run
+
+
+@pytest.mark.parametrize("split, n", [("train", 60), ("test", 24)])
+def test_a_limit_takes_some_of_each_subset(real, capsys, split, n):
+    """--lm.documents and --pm.comparisons, of which 0 is no limit."""
+    found, cfg = data.load_comparisons(real.data, split)[0], train_pm.PMConfig(comparisons=20)
+    assert train_pm.comparisons(real, train_pm.PMConfig(), split) == found
+    cfg.comparisons = n
+    assert train_pm.comparisons(real, cfg, split) == found
+    assert "left out" not in capsys.readouterr().out
+    cfg.comparisons = 20
+    some, texts = train_pm.comparisons(real, cfg, split), train_lm.corpus(real, 20, split, "lm")
+    said = capsys.readouterr().out
+    assert f"{n - 20} of {n} {split} comparisons left out by --pm.comparisons" in said
+    assert ("40 of 60 dialogues left out by --lm.documents" in said) == (split == "train")
+    assert texts != train_lm.corpus(real, 20, split, "cd")
+    for kept in ([c.prompt + c.chosen for c in some], texts):
+        assert len(set(kept)) == len(kept) == 20
+        assert set(kept) < {c.prompt + c.chosen for c in found}
+        # Both subsets: all 20 are of one with a probability below 1e-3, and the seed is fixed.
+        assert 0 < sum("harmless-base" in text for text in kept) < 20
+
+
+def test_early_checks_of_real_data(real, tmp_path):
+    """A split, or --pmp.data, of which nothing fits the context; and what is not looked at."""
+    pmp = train_pm.PMPConfig(data=str(tmp_path / "cheap"))
+    long = [{side: row[side] + " and so on" * 400 for side in row} for row in GOOD]
+    for path, words in (("set/harmless-base/train", "no train comparison of .*set"),
+                        ("set/harmless-base/test", "no test comparison of .*set"),
+                        ("cheap/helpful-base/train", "no train comparison of .*cheap"), ("", "")):
+        write(tmp_path / "cheap" / "helpful-base" / "train.jsonl", GOOD)
+        write_set(tmp_path / "set")
+        if path:
+            write(tmp_path / f"{path}.jsonl", long)
+        real.checks, real.subsets = [], ["harmless-base"]
+        train_pm.check_early(real, CDConfig(documents=0), pmp, train_pm.PMConfig())
+        if words:
+            with pytest.raises(UserError, match=f"{words} fits a context of 512 tokens"):
+                real.use_tokenizer(real.tok)
+        else:
+            real.use_tokenizer(real.tok)
+    with pytest.raises(UserError, match="--rl.max-response 500 leaves no room"):
+        train_pm.check_early(real, CDConfig(), pmp, train_pm.PMConfig(), 500)
+    # Without held-out comparisons of its own, PMP is not measured.
+    assert len(train_pm.cheap_comparisons(real, pmp, "train")) == 3
+    assert train_pm.cheap_comparisons(real, pmp, "test") == []
+    with pytest.raises(UserError, match="typo"):
+        train_pm.cheap_comparisons(real, train_pm.PMPConfig(data="typo"), "train")
+
+
+def test_early_checks_of_the_toy(real):
+    """The longest of 1,000 prompts, a response and the PM's token must fit."""
+    real.toy = True
+    half = train_pm.PMConfig(harmless_weight=0)
+    train_pm.check_early(real, CDConfig(), train_pm.PMPConfig(), half)
+    real.checks, pm = [], train_pm.PMConfig(helpful=0, max_response=20)
+    train_pm.check_early(real, CDConfig(documents=0), train_pm.PMPConfig(pairs=0), pm, 30)
+    longest, rng = 0, real.rng("check prompts")
+    for i in range(1000):
+        prompt = toy_corpus.draw_prompt(rng, "helpful" if i % 3 else "harmless", held_out=False)
+        longest = max(longest, len(real.tok.encode_dialogue(prompt)))
+    for room, words in ((31, ""), (30, "--rl.max-response 30 do not fit"), (20, "--pm.max-resp")):
+        real.context = longest + room
+        if words:
+            with pytest.raises(UserError, match=words):
+                real.use_tokenizer(real.tok)
+        else:
+            real.use_tokenizer(real.tok)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_documents_every_field(capsys, monkeypatch, script):
     monkeypatch.setenv("COLUMNS", "200")
@@ -635,6 +745,7 @@ def test_help_documents_every_field(capsys, monkeypatch, script):
     out, err = capsys.readouterr()
     assert end.value.code == 0 and err == ""
     assert re.search(f"^  tiny: --lm.documents {PRESETS['tiny']['lm.documents']}", out, re.M)
+    assert re.search("^  gpt2-medium-hh: --data .* --recompute$", out, re.M)
     # One entry an option: "--name VALUE   help (default: x)", folded; the folds are taken out.
     entries, expected = dict(re.findall(r"^  (--[\w.-]+)(.*(?:\n {4,}.*)*)", out, re.M)), set()
     for prefix, config in list(CONFIGS.items())[:SCRIPTS[script][1] + 1]:
@@ -695,7 +806,7 @@ def test_a_gpt2_through_all_stages(tmp_path, call, pretrained):
 
 
 @pytest.mark.parametrize("pretrained", ["small"], indirect=True)
-def test_init_and_a_folder_made_with_it(tmp_path, call, pretrained):
+def test_init_and_a_folder_made_with_it(tmp_path, call, pretrained, monkeypatch):
     """What cannot be is said before a folder is made. A later stage takes the shape of all models
     from lm.pt, which is not trusted."""
     root, out, init = write_set(tmp_path / "set"), tmp_path / "out", ["--init", pretrained[0]]
@@ -704,7 +815,10 @@ def test_init_and_a_folder_made_with_it(tmp_path, call, pretrained):
         assert_one_sentence(call(script, *args, "--init", tmp_path / "typo"), "typo")
         assert_one_sentence(call(script, *args, *init, "--context", 257), "256 positions")
         assert not out.exists()
+    shapes = []
+    monkeypatch.setattr(pipeline, "check_stage", lambda name, cfg, *rest: shapes.append(cfg))
     assert call("train_lm.py", *args, *init).code == 0
+    assert shapes == [GPTConfig(2, 1, 64, pretrained[1].n_vocab, 160)]  # of stage 2, once known
     for _, wrong in broken_checkpoints(load(out / "lm.pt")):
         torch.save(wrong, out / "lm.pt")
         assert_one_sentence(call("train_pm.py", *args, *init), out / "lm.pt")

@@ -163,6 +163,9 @@ def test_training_memory_by_hand():
     stage.step_tokens = 50
     half = training_memory(cfg, stage, False, "cuda")["activations"]
     assert half == 50 * 2 * 16 * 128 * 2 + 3 * 50 * cfg.vocab_size * 4
+    for n_vocab, most in ((2, 50 * 16 * 128 * 4), (2000, 3 * 50 * 2000 * 4)):  # a block, or logits
+        parts = training_memory(replace(cfg, vocab_size=n_vocab), stage, True, "cpu")
+        assert parts["activations"] == 50 * 2 * 128 * 4 + most
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -178,7 +181,7 @@ def test_a_stage_that_does_not_fit_is_refused(device, monkeypatch):
     check_stage("cd", cfg, stage, False, device)
     for short in {"cpu", device}:
         free[short] -= 1
-        with pytest.raises(UserError, match="'cd' takes about .* GiB of .* are free"):
+        with pytest.raises(UserError, match=r"'cd' takes about .* GiB of .PU memory \((wei|state)"):
             check_stage("cd", cfg, stage, False, device)
         free[short] += 1
 

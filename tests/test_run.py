@@ -3,6 +3,7 @@
 The stages here train four numbers each, so that they can die at every file that they write."""
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -11,16 +12,21 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import pipeline
 import run as general
+import stage as stages
 from data import train_bpe
+from memory import StageMemory
 from model import GPT, SIZES, GPTConfig
-from pipeline import PIPELINE, PRESETS, RULES, Run, RunConfig
+from pipeline import PIPELINE, PRESETS, RULES, Run, RunConfig, check_choices
 from pm import ScalarModel
-from run import TrainingError, UserError, check_finite, file_hash, flag, load, rng, save, torch_rng
+from run import (TrainingError, UserError, check_finite, check_is_file, file_hash, first_sentence,
+                 flag, load, read_text, rng, save, torch_rng)
 from stage import Folder
 from train_lm import CDConfig, LMConfig
 from train_pm import PMConfig, PMPConfig
@@ -49,9 +55,9 @@ def value_of(parsed: dict, name: str):
 
 # What is allowed besides numbers above 0, written out again.
 ZERO_IS_FINE = """run.seed run.context lm.warmup lm.weight_decay cd.documents pmp.pairs pmp.warmup
-    pmp.token_budget pm.comparisons pm.helpful pm.harmless pm.warmup pm.harmless_weight pm.token_budget rl.warmup
-    rl.kl_coef rl.gamma rl.gae_lambda rl.unfinished_penalty rl.slots rl.token_budget
-    rl.harmless_share""".split()
+    pmp.token_budget pm.comparisons pm.helpful pm.harmless pm.warmup pm.harmless_weight
+    pm.token_budget rl.warmup rl.kl_coef rl.gamma rl.gae_lambda rl.unfinished_penalty rl.slots
+    rl.token_budget rl.harmless_share""".split()
 AT_MOST_ONE = ["rl.gamma", "rl.gae_lambda", "rl.harmless_share"]
 
 
@@ -77,6 +83,8 @@ def test_range_of_each_number(parse, name):
         assert value_of(parse(flag(name), 10**9, configs=configs), name) == 10**9
         with pytest.raises(UserError, match=f"^{flag(name)} {10**9 + 1}: must be at most 1,000,0"):
             parse(flag(name), 10**9 + 1, configs=configs)
+    elif name == "run.seed":
+        assert value_of(parse(flag(name), 10**12, configs=configs), name) == 10**12
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -85,6 +93,13 @@ def test_presets(parse, preset):
     for name, field in FIELDS.items():
         expected = PRESETS[preset].get(name, preset if name == "run.preset" else field.default)
         assert value_of(parsed, name) == expected, name
+    assert set(PRESETS[preset]) <= set(FIELDS) and parse("--resume")["run"].resume
+    check_choices(parsed["run"], can_export=False)
+    if preset != "tiny":  # the paper's multiples of the rates in GPT-3's table
+        assert parsed["run"].init + "-hh" == preset and parsed["run"].data == "hh-rlhf"
+        rate = {"gpt2": 6e-4, "gpt2-medium": 3e-4}[parsed["run"].init]
+        for stage, multiple in {"cd": 0.05, "pmp": 0.1, "pm": 0.01, "rl": 0.01}.items():
+            assert parsed[stage].lr == pytest.approx(multiple * rate)
     # An option that is given wins, even where it is given its default; others stay the preset's.
     parsed = parse("--rl.iterations", RLConfig.iterations, "--preset", preset, "--seed", 3)
     assert parsed["rl"].iterations == RLConfig.iterations and parsed["run"].seed == 3
@@ -99,16 +114,55 @@ def test_presets(parse, preset):
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2,
      "memory (CUDA out of memory): add --resume"),
     (MemoryError(), 2, "out of memory (MemoryError): "),
-    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 2, "out of memory (Def")])
+    (None, 2, "memory: you tried to allocate 4000000000000000 bytes")])
 def test_how_a_command_ends(monkeypatch, capsys, error, code, words):
     def command(cd):
         assert cd == CDConfig(batch=3)
+        if error is None:
+            torch.empty(10**15)  # more than a process can address
         raise error
     monkeypatch.setattr(sys, "argv", ["somewhere/train.py", "--cd.batch", "3"])
     with pytest.raises(SystemExit) as end:
         general.main(command, "What it does.", {"cd": CDConfig})
     err = capsys.readouterr().err
     assert end.value.code == code and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_plain_terminal_and_a_bug(monkeypatch):
+    """A character that a stream cannot print becomes a question mark. A bug keeps its traceback."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), "ascii") for name in ("stdout", "stderr")}
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
+        with general.errors_in_one_sentence():
+            print("\u00e9t\u00e9")
+            raise UserError("na\u00efve")
+    for name, words in (("stdout", b"?t?\n"), ("stderr", b"train.py: na?ve\n")):
+        streams[name].flush()
+        assert streams[name].buffer.getvalue() == words
+    assert general.progress([], "read", "row").disable  # no bar where stderr is not a terminal
+    with pytest.raises(RuntimeError, match="a bug"), general.errors_in_one_sentence():
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("error, words", [
+    (ValueError("no key a.b in x. And more\nand more"), "no key a.b in x"),
+    (ValueError(""), "ValueError"), (ValueError("word " * 30), "word " * 19 + "...")])
+def test_the_first_sentence_of_an_error(error, words):
+    assert first_sentence(error) == words
+
+
+@pytest.mark.parametrize("script", ["train_lm.py", "train_pm.py", "train_rl.py"])
+def test_ctrl_c_while_torch_loads(tmp_path, script):
+    """A module in place of torch raises what Ctrl-C raises, or what a broken installation does."""
+    path = Path(general.__file__).with_name(script)
+    for error, words in (("KeyboardInterrupt", "\nstopped;"), ("OSError('no CUDA')", "no CUDA")):
+        (tmp_path / "torch.py").write_text(f"raise {error}")
+        done = subprocess.run([sys.executable, "-B", path], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        assert done.returncode != 0 and words in done.stderr
+        assert ("Traceback" in done.stderr) == (words == "no CUDA")
 
 
 def test_numbers_and_generators():
@@ -155,6 +209,28 @@ def test_what_load_refuses(tmp_path):
         load(tmp_path / "y.pt")
     path.write_bytes(good)
     assert load(path)["model"]["w"].tolist() == [0, 1, 2]
+
+
+def test_what_cannot_be_read(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def too_large(*_, **__):
+        raise MemoryError
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_bytes(b"\xff")
+    link.symlink_to(file)
+    assert read_text(link) == "\ufffd" and file_hash([link]) == file_hash([file])
+    with pytest.raises(UserError, match="cannot read .*file/x: Not a directory"):
+        check_is_file(file / "x")
+    monkeypatch.setattr(Path, "read_text", broken)
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    for read in (read_text, lambda path: file_hash([path])):
+        with pytest.raises(UserError, match="cannot read .*file: Input/output error"):
+            read(file)
+    monkeypatch.setattr(torch, "load", too_large)  # a lack of memory says nothing of the file
+    with pytest.raises(MemoryError):
+        load(file)
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
@@ -301,6 +377,9 @@ def test_resume_or_start_over(tmp_path, capsys):
     assert train(folder(tmp_path), "three") == list(range(7))
     assert "starts over" in capsys.readouterr().out and content(tmp_path) == expected
     (tmp_path / "three_state.pt").write_bytes(state)
+    stage = folder(tmp_path, resume=True).begin("three", Cfg())
+    stage.start()
+    assert stage.resumed_note() == ", from step 3"
     assert train(folder(tmp_path, resume=True), "three") == [3, 4, 5, 6]
     assert content(tmp_path) == expected
     assert train(folder(tmp_path, resume=True), "three", Cfg(lr=0.2)) is None  # it is complete
@@ -309,9 +388,10 @@ def test_resume_or_start_over(tmp_path, capsys):
     assert content(tmp_path) == expected
     assert folder(tmp_path).reuse("two", Cfg(steps=9))
     assert "used as it is (ignored: --two.steps was 7, now 9)" in capsys.readouterr().out
+    assert folder(tmp_path).reuse("two", Cfg()) and "ignored" not in capsys.readouterr().out
 
 
-def test_a_state_whose_step_fails_is_not_kept(tmp_path):
+def test_a_state_whose_step_fails_is_not_kept(tmp_path, monkeypatch):
     """The step finds out that the update before it has led to NaN."""
     stage, net = folder(tmp_path).begin("one", Cfg()), torch.nn.Linear(4, 1, bias=False)
     stage.start(net=net, optimizer=torch.optim.Adam(net.parameters()))
@@ -322,6 +402,50 @@ def test_a_state_whose_step_fails_is_not_kept(tmp_path):
     assert load(tmp_path / "one_state.next.pt")["step"] == 3
     assert train(folder(tmp_path, resume=True), "one") == list(range(7))
     assert not list(tmp_path.glob("*state*"))
+    # The state goes when the new result is there, and with it what a failed attempt left.
+    (tmp_path / "one_state.next.pt").touch()
+    stage = folder(tmp_path).begin("one", Cfg())
+    stage.start()
+    with monkeypatch.context() as patch, pytest.raises(TrainingError):
+        patch.setattr(stages, "save", lambda path, **content: check_finite("end", x=math.nan))
+        stage.end()
+    assert len(list(tmp_path.glob("*state*"))) == 2
+    stage.end()
+    assert not list(tmp_path.glob("*state*"))
+
+
+def test_the_numbers_of_a_line(tmp_path):
+    """Six digits, or all of them in a table; JSON has neither NaN nor infinity."""
+    stage = folder(tmp_path).begin("one", Cfg())
+    stage.start()
+    stage.log(0, third=1 / 3, n=3, none=-math.inf, table={"third": 1 / 3, "none": math.nan})
+    assert content(tmp_path)["metrics.jsonl"] == [
+        {"stage": "one", "step": 0, "third": 0.333333, "n": 3, "none": None,
+         "table": {"third": 1 / 3, "none": None}}]
+    assert stage.resumed_note() == ""
+
+
+@pytest.mark.parametrize("who", ["the system", "the disk"])
+def test_where_nothing_can_be_locked(tmp_path, monkeypatch, who):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    if who == "the system":
+        monkeypatch.setattr(stages, "fcntl", None)
+    else:
+        monkeypatch.setattr(stages.fcntl, "flock", flock)
+    assert train(folder(tmp_path), "one") == list(range(7))
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make .*file/out: Not a directory"):
+        train(folder(tmp_path / "file" / "out"), "one")
+    stage = folder(tmp_path).begin("one", Cfg())
+    stage.start()
+    stage.metrics_path.unlink()
+    stage.metrics_path.mkdir()
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl"):
+        stage.log(0, loss=1.0)
 
 
 def test_parents_are_those_that_were_read(tmp_path):
@@ -340,6 +464,7 @@ def test_two_processes_in_one_folder(tmp_path):
     script = (f"import sys, time; sys.path[:0] = {sys.path!r}; from test_run import Cfg, folder; "
               f"from pathlib import Path; folder(Path({str(tmp_path / 'out')!r})).begin('one', "
               "Cfg()).start(); print('started', flush=True); time.sleep(60)")
+    train(folder(tmp_path / "other" / "out"), "one")  # a lock there is none here
     early = folder(tmp_path / "out").begin("one", Cfg())
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
@@ -378,6 +503,7 @@ def test_a_complete_folder_of_other_options_is_refused(tmp_path):
     for refused in (other.begin, other.reuse):
         with pytest.raises(UserError, match="with other options .*--data was 'toy', now 'real'"):
             refused("three", Cfg())
+    assert folder(tmp_path, newer="option").reuse("three", Cfg())  # it was not recorded
 
 
 def test_only_what_depends_on_a_stage_is_stale(tmp_path):
@@ -430,7 +556,9 @@ def test_stale_parents(tmp_path, stage, parent):
 
 
 def test_a_state_of_other_networks(tmp_path):
-    for parts in ({}, {"net": {}}, {"net": {"weight": torch.ones(2, 4)}}, {"net": 5}, None):
+    two_groups = {"state": {}, "param_groups": [{"params": []}, {"params": []}]}
+    for parts in ({}, {"net": {}}, {"net": {"weight": torch.ones(2, 4)}}, {"net": 5}, None,
+                  {"net": {"weight": torch.ones(1, 4)}, "optimizer": two_groups}):
         save(tmp_path / "one_state.pt", stage="one", parents="", step=3, lines=1, parts=parts)
         with pytest.raises(UserError, match="one_state.pt does not fit this stage .*; delete it"):
             train(folder(tmp_path, resume=True), "one")
@@ -458,7 +586,8 @@ def test_broken_state(tmp_path, state):
         path.write_bytes(state)
     else:
         torch.save(state, path)
-    with pytest.raises(UserError, match=str(path)) as error:
+    what = "the state of an interrupted two stage" if isinstance(state, dict) else "a checkpoint"
+    with pytest.raises(UserError, match=f"{path} is not {what}") as error:
         folder(tmp_path, resume=True).begin("two", Cfg())
     assert "\n" not in str(error.value)
     assert train(folder(tmp_path), "two") == list(range(7))  # what the sentence proposes, or so
@@ -485,7 +614,8 @@ def test_broken_config(tmp_path, config):
     ({"context": 15}, "--context 15 is too"),
     ({"context": -5}, "--context -5 is too short"), ({"data": "typo"}, "typo"),
     *[({"device": name}, f"--device {name} is not available")
-      for name in ("nosuch", "cuda:99", "mps", "meta")]])
+      for name in ("nosuch", "cuda:99", "mps", "meta", "cuda")
+      if name != "cuda" or not torch.cuda.is_available()]])
 def test_choices_that_cannot_be(tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
@@ -497,7 +627,8 @@ def test_options_of_a_folder_and_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.set").mkdir()
     for cfg, name in ((RunConfig(), "out/toy-0"), (RunConfig(preset="tiny", seed=2), "out/tiny-2"),
-                      (RunConfig(data="my.set", seed=3), "out/my-3"), (RunConfig(out="x"), "x")):
+                      (RunConfig(data="my.set", seed=3), "out/my-3"), (RunConfig(out="x"), "x"),
+                      (RunConfig(data="."), f"out/{tmp_path.name}-0")):
         assert Run(cfg).out == Path(name)
     free = {"out": "a", "device": "cpu", "resume": True, "recompute": True, "compile": True,
             "export": "b", "precision": "float32"}
@@ -507,10 +638,53 @@ def test_options_of_a_folder_and_its_name(tmp_path, monkeypatch):
     assert run.resume and run.context == 192 and run.toy and run.seed == 0
     assert Run(RunConfig(data="my.set")).context == 512 and Run(RunConfig(context=16)).context == 16
     assert Run(RunConfig(data="my.set", subsets=" a ,b,")).subsets == ["a", "b"]
+    real = Run(RunConfig(data="my.set"))
+    assert real.subsets is None and real.speed_options == ("token_budget", "slots")
+    assert (real.tokenizer_name(), run.tokenizer_name()) == ("gpt2", "bpe")
+    assert Run(RunConfig(data="my.set", tokenizer="bpe")).tokenizer_name() == "bpe"
+    for size in SIZES:
+        check_choices(RunConfig(size=size), can_export=False)
     Run(RunConfig(context=100)).check_room("--rl.max-response", 83)
     with pytest.raises(UserError, match="--rl.max-response 84 leaves no room .* --context 100"):
         Run(RunConfig(context=100)).check_room("--rl.max-response", 84)
     assert run.rng("a").random() == rng(0, "a").random() != Run(RunConfig(seed=1)).rng("a").random()
+
+
+def test_memory_is_checked_for_the_stages_that_will_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, size = {}, SIZES["gpt2"]
+    monkeypatch.setattr(pipeline, "check_stage", lambda name, *rest: seen.update({name: rest}))
+    configs = (LMConfig(documents=5, vocab=704, step_tokens=11), CDConfig(documents=6),
+               PMPConfig(pairs=7, token_budget=12),
+               PMConfig(helpful=8, harmless=9, test=10, token_budget=13),
+               RLConfig(batch=14, eval_prompts=15, slots=16, token_budget=17))
+    for data, n, n_vocab in (("toy", 1, 704), (".", 0, 50304)):
+        run = Run(RunConfig(data=data, out="out", size="gpt2", context=99, recompute=True))
+        run.check_memory(*configs)
+        expected = {"lm": StageMemory(1, 0, 5 * n, step_tokens=11),
+                    "cd": StageMemory(1, 1, 6 * n),
+                    "pmp": StageMemory(1, 0, 7 * n, token_budget=12),
+                    "pm": StageMemory(1, 0, 37 * n, token_budget=13),
+                    "rl": StageMemory(2, 2, 15, token_budget=17, slots=16)}
+        shape = dataclasses.replace(size, vocab_size=n_vocab, context=99)
+        assert seen == {name: (shape, s, True, run.device) for name, s in expected.items()}
+        seen.clear()
+    (tmp_path / "out").mkdir()  # in which stage 1 is complete and stage 2 is not
+    for name in ("lm.pt", "initial.pt", "cd_state.pt"):
+        run.path(name).touch()
+    run.check_memory(*configs[:2])
+    assert list(seen) == ["cd"]
+    Run(RunConfig(data=".", init="gpt2-xl", out="x")).check_memory(*configs)
+    assert "lm" not in seen and seen["rl"][0] == dataclasses.replace(SIZES["gpt2-xl"], context=512)
+    seen.clear()
+    run = Run(RunConfig(data=".", init="a/path", out="x"))  # a shape that stage 1 finds out
+    run.check_memory(*configs)
+    assert not seen
+    run.checks.append(lambda: seen.update(other=[run.shape]))
+    run.shape = shape
+    run.use_tokenizer(SimpleNamespace())
+    assert set(seen) == {"cd", "pmp", "pm", "rl", "other"}
+    assert all(found[0] == shape for found in seen.values())
 
 
 def broken_checkpoints(good: dict):
@@ -518,6 +692,7 @@ def broken_checkpoints(good: dict):
     model = good["model"]
     yield "another shape", good | {"config": good["config"] | {"d_model": 96}}
     yield "a shape of text", good | {"config": "12 layers"}
+    yield "no shape", {k: v for k, v in good.items() if k != "config"}
     yield "another tokenizer", good | {"tokenizer": "0" * 16}
     yield "fewer weights", good | {"model": dict(list(model.items())[1:])}
     yield "more weights", good | {"model": model | {"more": torch.zeros(3)}}
@@ -528,21 +703,28 @@ def broken_checkpoints(good: dict):
 @pytest.mark.parametrize("name", ["lm.pt", "pmp.pt"])
 def test_load_model(tmp_path, monkeypatch, name):
     monkeypatch.setitem(SIZES, "toy", GPTConfig(1, 2, 8, context=64))
-    run = Run(RunConfig(out=str(tmp_path), device="cpu", recompute=True))
+    run = Run(RunConfig(out=str(tmp_path), device="cpu", recompute=True, context=48))
     run.tok = train_bpe(["some text, and some more text"] * 3, 264)
     lm = GPT(run.model_config())
-    assert lm.cfg == GPTConfig(1, 2, 8, vocab_size=320, context=64)
+    assert lm.cfg == GPTConfig(1, 2, 8, vocab_size=320, context=48)
     save(run.path("lm.pt"), **run.checkpoint(lm), parents="")
     model = lm if name == "lm.pt" else ScalarModel(lm)
     parents = file_hash(run.path(parent) for parent in dict(PIPELINE.values())[name])
     save(run.path(name), **run.checkpoint(model), parents=parents)
     found = run.load_model(name)
     assert type(found) is type(model) and not found.training
+    assert run.shape is None  # only with --init is it that of lm.pt
     assert not any(p.requires_grad for p in found.parameters())
     for key, weight in model.state_dict().items():
         assert torch.equal(weight, found.state_dict()[key])
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda *args, **how: compiled.append((args, how)))
     trunk = getattr(run.prepare(found), "trunk", found)
-    assert trunk.recompute and all(p.requires_grad for p in found.parameters())
+    assert trunk.recompute and all(p.requires_grad for p in found.parameters()) and not compiled
+    run.cfg = dataclasses.replace(run.cfg, recompute=False, compile=True)
+    run.prepare(found)
+    assert not trunk.recompute and compiled == [((trunk.blocks[0],), {"dynamic": True})]
     good, other = load(run.path(name)), ScalarModel(lm) if name == "lm.pt" else lm
     broken = dict(broken_checkpoints(good))
     broken["of the other kind"] = good | {"model": other.state_dict()}

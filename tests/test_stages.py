@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ import toy_corpus
 import train_lm
 import train_pm
 from data import ASSISTANT, HUMAN, Comparison, encode_comparison
-from helpers import doubled, exact_logits, max_difference, shaken
+from helpers import CFG, StubRun, doubled, exact_logits, max_difference, shaken
 from model import GPT, SIZES, GPTConfig
 from pipeline import Run, RunConfig
+from pm import ScalarModel, report
 from run import UserError, load, save
+from test_pm import StubStage
 from train_lm import CDConfig, LMConfig, distillation_loss, lm_loss, top_kl
-from train_pm import PMConfig, PMPConfig
+from train_pm import EncodedPairs, PMConfig, PMPConfig
 
 V, D = 70, 24
 PROMPT = [5, 9, 9, 31, 2]
@@ -85,6 +88,23 @@ def test_lm_loss_by_hand(student):
     n = sum(len(row) - 1 for row in rows)
     assert close(lm_loss(student, rows, "cpu").item(), expected) and n == train_lm.n_targets(rows)
     assert close(train_lm.mean_loss(student, rows, "cpu"), expected / n)
+
+
+def test_rows_are_cut_and_pieces_fit_one_forward_pass(monkeypatch):
+    tok = SimpleNamespace(encode_dialogue=lambda text: list(range(len(text))))
+    rows = [[*range(4)], [*range(5)], [*range(5)]]  # a row of one token predicts nothing
+    assert train_lm.encode(tok, ["abcd", "a", "abcde", "abcdef"], 5) == (rows, 1)
+    assert train_lm.cut_note(0, 5) == "" and train_lm.cut_note(1, 5) == ", 1 cut to 5 tokens"
+    monkeypatch.setattr(train_lm, "tokens_at_once", lambda given, device: 90)
+    rows = random_rows(40, 0)
+    for before in (0, 30):  # tokens that the teacher reads first
+        pieces = list(train_lm.row_batches(rows, "cpu", before))
+        assert sorted(sum(pieces, [])) == sorted(rows) and max(map(len, pieces)) > 1
+        assert all(len(piece) * (before + max(map(len, piece))) <= 90 for piece in pieces)
+    pairs = EncodedPairs([], rows[:20], rows[20:])
+    for i in train_pm.index_batches(pairs, torch.arange(20), 90, "cpu"):
+        longest = max(len(side[j]) for side in (pairs.chosen, pairs.rejected) for j in i)
+        assert 2 * len(i) * longest <= 90
 
 
 # ---- 2. The distillation loss: top k and the rest ----------------------------
@@ -227,6 +247,13 @@ def equal(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_the_test_loss_is_that_of_the_saved_model(run):
+    """Metrics are rounded to 6 digits; float32 is off by less."""
+    rows, _ = train_lm.encode(run.tok, train_lm.corpus(run, 500, "test", "lm"), run.context)
+    found = train_lm.mean_loss(run.load_model("lm.pt").double(), rows, "cpu")
+    assert abs(found - last_line(run)["test_loss"]) < 2e-5
+
+
 def test_distillation_closes_the_gap_to_the_prompted_lm(run, monkeypatch, capsys):
     """Takes a second or two: it trains until the KL has fallen."""
     calls = record(monkeypatch, train_lm, "distillation_loss")
@@ -263,6 +290,22 @@ def test_behavior_puts_the_header_before_held_out_prompts_of_both_kinds(run, mon
         for prompt, kind in zip(prompts, kinds):
             assert (toy.understand(prompt).skill.name == "red-team") == (kind == "harmless")
     assert rated[0][0] == rated[1][0]  # the same prompts
+    longest, lm = max(map(len, sampled[-1][1])), run.load_model("lm.pt")
+    for room, n in ((34, 32), (5, 4), (2, 1)):  # one token is the PM's
+        run.context = longest + room
+        train_lm.behavior(run, lm, "Hello. ")
+        assert sampled[-1][2].shape == (12, n)
+
+
+def test_what_is_measured_before_and_after_distillation(run, monkeypatch):
+    monkeypatch.setattr(train_lm, "behavior", lambda run, model, header="": [model, header])
+    kl = {"student": 2.0, "lm": 4.0}
+    monkeypatch.setattr(train_lm, "mean_kl", lambda student, *rest: kl[student])
+    monkeypatch.setattr(train_lm, "print_behavior", lambda columns: None)
+    assert train_lm.measure(run, "student", "lm", PROMPT, [], 3) == {
+        "kl_before": 4.0, "kl_after": 2.0, "rates": {
+            "LM": ["lm", ""], "LM, prompted": ["lm", toy_corpus.HHH_HEADER],
+            "distilled": ["student", ""]}}
 
 
 def test_the_teacher_reads_what_the_lm_read_in_pretraining(run):
@@ -272,7 +315,33 @@ def test_the_teacher_reads_what_the_lm_read_in_pretraining(run):
         run.toy = is_toy
         found = train_lm.distilled_prompt(run) + run.tok.encode_dialogue(dialogue)
         assert found == run.tok.encode_dialogue(prompt + dialogue)
-    assert train_lm.distilled_prompt(run)[-1] == run.tok.end_of_turn  # a dialogue that goes on
+    prompt = train_lm.distilled_prompt(run)
+    assert prompt[-1] == run.tok.end_of_turn  # a dialogue that goes on
+    run.context = len(prompt) + 16
+    train_lm.check_distilled_prompt(run)
+    run.context -= 1
+    with pytest.raises(UserError, match="too short for the prompt .* distilled"):
+        train_lm.check_distilled_prompt(run)
+    run.cfg.init = "gpt2"  # which would begin another document after its end of turn
+    assert train_lm.distilled_prompt(run) == run.tok.encode(train_lm.HHH_PROMPT)
+    assert run.tok.end_of_turn not in train_lm.distilled_prompt(run)
+
+
+def test_the_seed_draws_the_weights_and_the_corpus_makes_the_tokenizer(run, monkeypatch):
+    """A tokenizer of an earlier run, which lies in the folder, is not used."""
+    def stop(model, cfg):
+        made.append(model.embed.weight)
+        raise KeyboardInterrupt
+    made, heads = [], []
+    for seed in (0, 1):
+        run.seed = seed
+        heads.append(train_pm.from_lm(run).head.weight)
+    monkeypatch.setattr(train_lm, "make_optimizer", stop)
+    for run.seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            train_lm.train(run, LMConfig(documents=40, vocab=310))
+        assert run.tok.n_tokens == 310
+    assert not torch.equal(*heads) and not torch.equal(*made)
 
 
 # ---- 5. Preference-model pretraining and the preference model ----------------
@@ -289,7 +358,8 @@ def test_binarize_by_hand():
 def test_pretraining_reads_each_comparison_once(run, monkeypatch, binarized):
     """By default as it is; with --pmp.binarized as two questions about single answers."""
     calls, read = record(monkeypatch, train_pm, "score_pairs"), []
-    monkeypatch.setattr(train_pm, "score_rows", lambda pm, rows, *rest: torch.zeros(len(rows)))
+    monkeypatch.setattr(train_pm, "score_rows",
+                        lambda pm, rows, *rest: torch.tensor([float(len(row)) for row in rows]))
     train_pm.pretrain(run, PMPConfig(pairs=20, batch=7, binarized=binarized))
     for _, pairs, i, _ in calls:
         read += [(pairs.chosen[j], pairs.rejected[j]) for j in i.tolist()]
@@ -301,6 +371,12 @@ def test_pretraining_reads_each_comparison_once(run, monkeypatch, binarized):
                          prompt + run.tok.encode_reply(c.rejected) + end))
     assert sorted(read) == sorted(expected) and read != expected  # in random order
     assert not equal(weights(run, "pmp.pt"), train_pm.from_lm(run).state_dict())
+    rng = run.rng("forum", "test")
+    pairs = [toy_corpus.upvoted(rng, held_out=True) for _ in range(1000)]
+    pairs = train_pm.encode(run, train_pm.binarize(pairs) if binarized else pairs)
+    margins = [len(a) - len(b) for a, b in zip(pairs.chosen, pairs.rejected)]
+    expected = report(torch.tensor(margins), pairs.comparisons).accuracy
+    assert abs(last_line(run)["accuracy"] - expected) < 1e-6
 
 
 def test_pretraining_on_upvotes_beats_chance(run):
@@ -310,12 +386,23 @@ def test_pretraining_on_upvotes_beats_chance(run):
     assert last["low"] > 0.5 and last["bayes"] > last["accuracy"] and last["n"] == 1000
 
 
-def test_without_pairs_the_pm_is_untrained(run):
+def test_a_batch_of_weight_0_is_left_out():
+    torch.manual_seed(0)
+    stage, rows = StubStage(), [[1, 2], [3], [4, 5, 6]]
+    last = torch.randperm(3, generator=StubRun().torch_rng("pm batches"))[-1]
+    only = torch.zeros(3).index_fill(0, last, 1.0)
+    cfg, pairs = PMConfig(batch=1), EncodedPairs([], rows, rows[::-1])
+    train_pm.fit(StubRun(), stage, cfg, ScalarModel(GPT(CFG)), pairs, only)
+    assert len(stage.lines) == 1
+
+
+def test_without_pairs_the_pm_is_untrained(run, monkeypatch):
+    monkeypatch.setattr(train_pm, "HUMAN", f"{HUMAN} Hello.")  # several tokens
     train_pm.pretrain(run, PMPConfig(pairs=0))
     pmp, lm, new = weights(run, "pmp.pt"), weights(run, "lm.pt"), run.tok.end_of_context
     assert equal(pmp, train_pm.from_lm(run).state_dict()) and pmp["head.weight"].abs().min() > 0
     # The end of the context begins as what marks the human's turn. The rest is the LM's.
-    human = run.tok.encode(HUMAN)
+    human = run.tok.encode(f"{HUMAN} Hello.")
     assert torch.equal(pmp["trunk.embed.weight"][new], lm["embed.weight"][human].mean(0))
     pmp["trunk.embed.weight"][new] = lm["embed.weight"][new]
     assert all(torch.equal(pmp[f"trunk.{name}"], weight) for name, weight in lm.items())
@@ -345,9 +432,34 @@ def test_the_pm_starts_from_pmp_and_reads_replies_of_the_initial_policy(run, mon
         train_pm.train(run, PMConfig(helpful=3, harmless=4, test=5))
     assert asked == [("helpful", "train", 3), ("harmless", "train", 4), ("helpful", "test", 5),
                      ("harmless", "test", 5)]
+    with pytest.raises(KeyboardInterrupt):  # half of the comparisons have a weight
+        train_pm.train(run, PMConfig(harmless_weight=0.0))
+    with pytest.raises(UserError, match="all comparisons are red-team comparisons"):
+        train_pm.train(run, PMConfig(helpful=0, harmless_weight=0.0))
     for bad in (dict(helpful=0, harmless=0), dict(helpful=0, harmless_weight=0.0)):
         with pytest.raises(UserError, match="leave nothing to train on"):
             train_pm.check_early(run, CDConfig(), PMPConfig(), PMConfig(**bad))
+
+
+def test_which_pairs_of_replies_are_compared(run, monkeypatch, capsys):
+    """Only two finished replies that differ and say something; numbers 2 i and 2 i + 1."""
+    words = [" a", " b", " c", " d", " e", " ", "", " f", " g", "".join([" ", "g"]), " h", " i"]
+    ro = SimpleNamespace(responses=lambda: words,
+                         finished=torch.tensor([True] * 2 + [False, True] + [True] * 8))
+    monkeypatch.setattr(train_pm, "rollout", lambda *args: asked.append(args) or ro)
+    monkeypatch.setattr(run.tok, "decode", lambda word: word)
+    monkeypatch.setattr(toy, "label", lambda *args: args)
+    asked, names, cfg = [], record(monkeypatch, run, "rng"), PMConfig(noise=0.25, max_response=7)
+    kept = train_pm.collect(run, cfg, None, "harmless", "train", 6)
+    assert [pair[1:4] + pair[5:] for pair in kept] == [
+        (" a", " b", "harmless", 0.25), (" h", " i", "harmless", 0.25)]
+    assert [asked[0][1][2 * i] for i in (0, 5)] == [run.tok.encode_dialogue(p[0]) for p in kept]
+    assert asked[0][2].shape == (12, 7) and "kept 2" in capsys.readouterr().out
+    train_pm.collect(run, cfg, None, "harmless", "test", 6)  # with other random numbers
+    assert names[0] != names[1] and not torch.equal(asked[0][2], asked[1][2])
+    ro.finished[:] = False
+    with pytest.raises(UserError, match="none of the 6 pairs of harmless replies can be compared"):
+        train_pm.collect(run, cfg, None, "harmless", "train", 6)
 
 
 def test_a_comparison_that_does_not_fit_is_left_out(run, capsys):
@@ -379,16 +491,22 @@ def test_the_gradient_of_a_step_is_a_mean_over_tokens(run, monkeypatch, float64,
     The rows are of unequal length. A distillation must begin at the teacher's weights."""
     loss, calls, found = getattr(train_lm, name), record(monkeypatch, train_lm, name), []
 
-    def stop(parameters, *_):
+    def keep(parameters, *_):
         found.extend(p.grad.clone() for p in parameters)
+        return torch.zeros(())
+
+    def stop(where, loss, gradient):
+        logged.append(loss)
         raise KeyboardInterrupt
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", stop)
+    logged = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    monkeypatch.setattr(train_lm, "check_finite", stop)
     monkeypatch.setattr(train_lm, "tokens_at_once", lambda given, device: budget)
     with pytest.raises(KeyboardInterrupt):
         if name == "lm_loss":
             train_lm.train(run, LMConfig(documents=60, vocab=400, step_tokens=3000))
         else:
-            train_lm.distill(run, CDConfig(documents=40, batch=12))
+            train_lm.distill(run, CDConfig(documents=40, batch=12, top=7))
     model, *arguments = calls[0]
     at = 0 if name == "lm_loss" else 2
     rows = [row for call in calls for row in call[1 + at]]
@@ -397,7 +515,9 @@ def test_the_gradient_of_a_step_is_a_mean_over_tokens(run, monkeypatch, float64,
     assert budget != 300 or len(calls) > 2
     model.zero_grad(set_to_none=True)
     arguments[at] = rows
-    (loss(model, *arguments) / sum(len(row) - 1 for row in rows)).backward()
+    mean = loss(model, *arguments) / sum(len(row) - 1 for row in rows)
+    mean.backward()
+    assert close(mean.item(), logged[0]) and (at == 0 or arguments[3] == 7)
     # float64, compared to the size of all gradients together
     largest = max(p.grad.abs().max() for p in model.parameters())
     assert largest > 0 and largest.dtype == torch.float64
