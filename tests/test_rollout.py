@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rollout as rollout_module
-
 from helpers import (
     CFG, END, R, doubled, exact_logits, exact_response, max_difference, random_prompts,
     random_uniforms, shaken)
