@@ -378,9 +378,8 @@ def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl_max_res
         run.checks.append(lambda: check_toy_prompts(run, lengths))
     else:
         if pmp.data:
-            run.checks.append(lambda: check_comparisons(run, pmp.data, "train"))
-        for split in ("train", "test"):
-            run.checks.append(lambda split=split: check_comparisons(run, run.data, split))
+            run.checks.append(lambda: check_comparisons(run, pmp.data, ["train"]))
+        run.checks.append(lambda: check_comparisons(run, run.data, ["train", "test"]))
 
 
 def check_toy_prompts(run: Run, lengths: dict[str, int]):
@@ -399,15 +398,14 @@ def check_toy_prompts(run: Run, lengths: dict[str, int]):
                             "--lm.vocab, which makes prompts shorter")
 
 
-def check_comparisons(run: Run, data: str, split: str):
+def check_comparisons(run: Run, data: str, splits: list[str]):
     """Raise UserError if a split of real data has no comparison that fits the context."""
     subsets = run.subsets if data == run.data else None
-    found, _ = load_comparisons(data, split, subsets)
-    for comparison in found:
-        if encode_comparison(run.tok, comparison, run.context) is not None:
-            return
-    raise UserError(f"no {split} comparison of {data} fits a context of {run.context} tokens; try "
-                    "a larger --context")
+    for split in splits:
+        found, _ = load_comparisons(data, split, subsets)
+        if not any(encode_comparison(run.tok, comparison, run.context) for comparison in found):
+            raise UserError(f"no {split} comparison of {data} fits a context of {run.context} "
+                            "tokens; try a larger --context")
 
 
 def ensure_pmp(run: Run, lm: LMConfig, cd: CDConfig, pmp: PMPConfig):

@@ -696,7 +696,7 @@ def test_early_checks_of_real_data(real, tmp_path):
     for path, words in (("set/harmless-base/train", "no train comparison of .*set"),
                         ("set/harmless-base/test", "no test comparison of .*set"),
                         ("cheap/helpful-base/train", "no train comparison of .*cheap"), ("", "")):
-        write(tmp_path / "cheap" / "helpful-base" / "train.jsonl", GOOD)
+        write(tmp_path / "cheap" / "helpful-base" / "train.jsonl", [long[0], *GOOD])  # most fit
         write_set(tmp_path / "set")
         if path:
             write(tmp_path / f"{path}.jsonl", long)
@@ -710,7 +710,7 @@ def test_early_checks_of_real_data(real, tmp_path):
     with pytest.raises(UserError, match="--rl.max-response 500 leaves no room"):
         train_pm.check_early(real, CDConfig(), pmp, train_pm.PMConfig(), 500)
     # Without held-out comparisons of its own, PMP is not measured.
-    assert len(train_pm.cheap_comparisons(real, pmp, "train")) == 3
+    assert len(train_pm.cheap_comparisons(real, pmp, "train")) == 4
     assert train_pm.cheap_comparisons(real, pmp, "test") == []
     with pytest.raises(UserError, match="typo"):
         train_pm.cheap_comparisons(real, train_pm.PMPConfig(data="typo"), "train")
