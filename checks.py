@@ -19,14 +19,14 @@ from run import TrainingError, check_finite
 
 
 def check_rollout(ro: Rollouts, logp, ref_logp, end_of_turn: int, where: str, is_first: bool):
-    """A response ends with its first end-of-turn token, and only then it is finished. The log-probs
-    recorded while sampling agree with those of the full forward pass (`logp`). Before the first
-    update the KL is 0."""
+    """A response ends at its first end-of-turn token, and is finished only if it has one. The
+    log-probs recorded while sampling agree with those of the full forward pass (`logp`). Before the
+    first update the KL is 0."""
     is_end = (ro.actions == end_of_turn) & ro.mask  # (N, R)
     last = (ro.response_len - 1)[:, None]           # (N, 1)
     if not torch.equal(is_end.gather(1, last)[:, 0], ro.finished):
         raise TrainingError(f"{where}: a response counts as finished and does not end with the "
-                            "end-of-turn token, or the other way round")
+                            "end-of-turn token, or vice versa")
     if (is_end.sum(1) > ro.finished).any():
         raise TrainingError(f"{where}: a response goes on after its end-of-turn token")
     on_cpu = ro.tokens.device.type == "cpu"
@@ -35,7 +35,7 @@ def check_rollout(ro: Rollouts, logp, ref_logp, end_of_turn: int, where: str, is
     mean, worst = gaps.mean().item(), gaps.max().item()  # one bad slot hardly moves the mean
     if not (mean <= (1e-4 if on_cpu else 5e-2) and worst <= (1e-3 if on_cpu else 0.3)):  # NaN fails
         raise TrainingError(f"{where}: log-probs while sampling and in the full forward pass "
-                            f"differ by {mean:.2g} nats a token, and by {worst:.2g} in one response")
+                            f"differ by {mean:.2g} nats a token, in one response by {worst:.2g}")
     gap_to_reference = (logp - ref_logp)[ro.mask].abs().mean().item()
     if is_first and not gap_to_reference <= (1e-5 if on_cpu else 2e-2):
         raise TrainingError(f"{where}: the KL to the initial policy isn't 0 before the first "
@@ -51,7 +51,7 @@ def check_rewards(rewards, scores, logp, ref_logp, mask, kl_coef, where: str):
 
 
 def checksum(model) -> float:
-    """A number that changes if the model does."""
+    """The sum of all parameters. If the model changes, so does this, almost surely."""
     return sum(parameter.detach().sum().item() for parameter in model.parameters())
 
 

@@ -90,7 +90,7 @@ def split_comparison(chosen: str, rejected: str) -> tuple[tuple[str, str, str] |
     return (chosen[:end], chosen[end:], rejected[end:]), ""
 
 
-MAX_LINE = 2**24  # bytes; a small .gz file can hold a line of 3 GB. Real ones have some thousand
+MAX_LINE = 2**24  # bytes; a small .gz file can hold a line of 3 GB. Real lines have a few thousand
 
 
 def read_jsonl(path) -> Iterator[tuple[int, dict]]:
@@ -102,14 +102,14 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
     try:
         # Binary files break lines at "\n" only, so the numbers are those that an editor shows.
         with open_file(path, "rb") as file:
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
+            lines = iter(lambda: file.readline(MAX_LINE + 1), b"")
+            for number, line in enumerate(lines, start=1):
                 if len(line) > MAX_LINE:
-                    raise UserError(f"{path}:{number}: a line of more than {MAX_LINE:,} bytes")
+                    raise UserError(f"{path}:{number}: the line has more than {MAX_LINE:,} bytes")
                 if line.strip():
                     yield number, parse_json_object(line, f"{path}:{number}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        if number == 0 and isinstance(error, gzip.BadGzipFile):
+        if str(error).startswith("Not a gzipped file"):
             raise UserError(f"{path} is not a gzip file, in spite of its name") from error
         raise UserError(f"{path}: damaged or incomplete gzip file (readable up to line {number}): "
                         "download it again") from error

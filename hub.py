@@ -235,7 +235,7 @@ def export_gpt2(model: GPT, folder, tok: Tokenizer):
 
 
 def check_export(folder):
-    """Raise UserError if a model cannot be exported to `folder`, which is made if need be."""
+    """Raise UserError if a model cannot be exported to `folder`, which is created if missing."""
     folder = Path(folder)
     if not can_export_to(folder):
         raise UserError(

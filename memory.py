@@ -2,11 +2,11 @@
 
 Too large a model would otherwise end minutes later, in a traceback or with the operating system
 killing the process. Read it in this order:
-  1. Free       what a device has left
+  1. Free       the memory that a device has left
   2. Sampling   what the Sampler takes for a number of slots, and how many slots fit
   3. Training   what the stages take
 
-Legend:  D width   L layers   V vocabulary
+Legend:  D width
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def free_memory(device) -> float:
-    """Bytes that can still be allocated; infinity where the system does not say (Macs, for one)."""
+    """Bytes that can still be allocated; infinity where nothing says it (macOS, Windows)."""
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -35,8 +35,8 @@ def free_memory(device) -> float:
 
 
 def free_in_container(root=Path("/sys/fs/cgroup")) -> float:
-    """Bytes that a container (a Linux control group) may still allocate; infinity if this process
-    is in none."""
+    """Bytes that a container (a Linux control group, version 2) may still allocate; infinity if
+    this process is in none."""
     try:
         limit = int((root / "memory.max").read_text())  # "max" if there is no limit
         used = int((root / "memory.current").read_text())
@@ -84,8 +84,8 @@ def fitting_slots(cfg: GPTConfig, size: int, device="cpu", budget: float = 0.0) 
         slots //= 2
     needed = sum(sampling_memory(cfg, slots, size, device).values())
     if needed > budget:
-        raise UserError(f"sampling rows of {size} tokens takes {needed / 2**30:.1f} GiB for one "
-                        f"slot, and {budget / 2**30:.1f} GiB are available; use a smaller --size "
+        raise UserError(f"sampling rows of {size} tokens takes {needed / GIB:.1f} GiB for one "
+                        f"slot, and {budget / GIB:.1f} GiB are available; use a smaller --size "
                         "or --context")
     return slots
 
@@ -104,7 +104,7 @@ class StageMemory:
     slots: int = 0         # for sampling (0: as many as fit)
 
 
-ROW_BYTES = 2048  # a document of the toy world takes 2.9 kB, as text and as a list of ids
+ROW_BYTES = 2048  # at least; a document of the toy world takes 2.9 kB, as text and list of ids
 
 
 def training_memory(cfg: GPTConfig, stage: StageMemory, recompute: bool, device) -> dict[str, int]:
@@ -136,7 +136,7 @@ def check_stage(name: str, cfg: GPTConfig, stage: StageMemory, recompute: bool, 
     """Raise UserError if a stage takes more memory than is free."""
     parts = training_memory(cfg, stage, recompute, device)
     if stage.slots:
-        # At least: the cache is as long as the longest prompt and response.
+        # One token a slot, at least: how long prompts and responses are is not known yet.
         parts["cache"] = sampling_memory(cfg, stage.slots, size=1, device=device)["cache"]
     # The state is put together on the CPU before it is written: weights and Adam's two moments.
     on_cpu = {"state to be saved": 12 * cfg.n_params() * stage.n_trained,
@@ -159,4 +159,5 @@ def check_free(name: str, parts: dict[str, int], device):
     kind = "GPU" if torch.device(device).type == "cuda" else "CPU"
     raise UserError(f"stage {name!r} takes about {needed / GIB:,.1f} GiB of {kind} memory "
                     f"({', '.join(words)}), and {free / GIB:,.1f} GiB are free: choose a smaller "
-                    "--size or --context, fewer rows at once (see --help), or --recompute")
+                    "--size or --context, fewer rows at once (see --help), or --recompute if it "
+                    "is off")

@@ -47,7 +47,7 @@ class RunConfig:
     tokenizer: str = "auto"  # "bpe" trains one, "gpt2" is GPT-2's (auto: bpe for the toy only)
     seed: int = 0            # seeds the data, the weights and all sampling
     device: str = "auto"     # "cpu", "cuda", "mps" (auto: an NVIDIA GPU if there is one, else CPU)
-    precision: str = "auto"  # on a GPU, "bf16" or "float32" (auto: bf16 if it has it in hardware)
+    precision: str = "auto"  # on an NVIDIA GPU: "bf16", "float32" (auto: bf16 where it is hardware)
     resume: bool = False     # continue an interrupted run from its last checkpoint
     recompute: bool = False  # rerun blocks in the backward pass: less memory, a third more time
     compile: bool = False    # torch.compile the blocks (needs a C++ compiler; slow to start)
@@ -106,12 +106,12 @@ class Run(Folder):
         check_choices(cfg, can_export)
         self.cfg, self.device = cfg, choose_device(cfg.device, cfg.precision)
         self.toy = cfg.data == "toy"
-        self.data = None if self.toy else hub.resolve_data(cfg.data)
         self.subsets = [name.strip() for name in cfg.subsets.split(",") if name.strip()] or None
         self.context = cfg.context or (SIZES[cfg.size].context if self.toy else 512)
         if self.context < MIN_PROMPT:
             raise UserError(f"--context {self.context} is too short for a dialogue: at least "
                             f"{MIN_PROMPT}")
+        self.data = None if self.toy else hub.resolve_data(cfg.data)  # may download it
         self.tok: Tokenizer | None = None    # set by `use_tokenizer`
         self.checks = []                     # functions that `use_tokenizer` calls
         self.shape: GPTConfig | None = None  # of the models; set only with --init
@@ -121,6 +121,8 @@ class Run(Folder):
             if option not in FREE_OPTIONS:
                 options[option] = value
         out = Path(cfg.out or f"out/{name}-{cfg.seed}")
+        if cfg.export and Path(cfg.export).resolve() == out.resolve():
+            raise UserError("--export needs a folder of its own, not that of --out")
         super().__init__(out, PIPELINE, options, SPEED_OPTIONS, cfg.seed, cfg.resume)
 
     def check_room(self, option: str, max_response: int):
@@ -135,7 +137,7 @@ class Run(Folder):
         if self.tok is not None:
             shape = self.model_config()
         elif self.cfg.init and self.cfg.init not in SIZES:
-            # A path: stage 1 will find out the shape.
+            # A path: only stage 1 learns the shape.
             self.checks.append(lambda: self.check_memory(lm, cd, pmp, pm, rl))
             return
         else:
@@ -146,7 +148,7 @@ class Run(Folder):
         stages = {}
         if not self.cfg.init:
             stages["lm"] = StageMemory(1, 0, rows * lm.documents, step_tokens=lm.step_tokens)
-        stages["cd"] = StageMemory(1, 1, rows * cd.documents)
+        stages["cd"] = StageMemory(int(cd.documents > 0), 1, rows * cd.documents)
         if pmp is not None:
             stages["pmp"] = StageMemory(1, 0, rows * pmp.pairs, token_budget=pmp.token_budget)
         if pm is not None:
@@ -155,9 +157,11 @@ class Run(Folder):
         if rl is not None:
             stages["rl"] = StageMemory(2, 2, max(rl.batch, rl.eval_prompts), slots=rl.slots,
                                        token_budget=rl.token_budget)
+        last = list(stages)[-1]
         for name, stage in stages.items():
             is_done = self.has(self.pipeline[name][0]) and not self.has(f"{name}_state.pt")
-            if not is_done:
+            runs_again = name == last and not self.resume  # a command's own stage starts over
+            if runs_again or not is_done:
                 check_stage(name, shape, stage, self.cfg.recompute, self.device)
 
     def tokenizer_name(self) -> str:

@@ -98,8 +98,9 @@ class PMReport:
     bayes: float | None   # the ceiling: accuracy of someone who knows the true preferences
 
     def __str__(self):
+        few = " (too few to rely on)" if self.n < 100 else ""
         text = (f"accuracy {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}] on n = {self.n}"
-                f"{' (too few to rely on)' if self.n < 100 else ''}, loss {self.loss:.3f}, longer-is-better {self.length_rule:.3f}")
+                f"{few}, loss {self.loss:.3f}, longer-is-better {self.length_rule:.3f}")
         return text if self.bayes is None else f"{text}, Bayes ceiling {self.bayes:.3f}"
 
 

@@ -226,7 +226,8 @@ class Sampler:
         response.copy_(torch.where(has_ended, self.idle_response, response))
 
     def _run_step(self, B: int, C: int):
-        """Run one step; on a GPU, replay its recorded graph."""
+        """Run one step. On a GPU a shape's first step runs as it is; the second one is recorded,
+        and from then on it is replayed."""
         self.steps += 1
         self.slot_steps += B
         if not self.use_graphs:
@@ -234,7 +235,8 @@ class Sampler:
         elif (B, C) in self.graphs:
             self.graphs[B, C].replay()
         elif (B, C) not in self.seen:
-            # The first step of a shape runs eagerly as a warm-up. Some shapes never come again.
+            # The first step of a shape runs eagerly as a warm-up. Recording takes long, and some
+            # shapes never come again.
             self.seen.add((B, C))
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):

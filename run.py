@@ -26,7 +26,7 @@ from random import Random
 
 
 def _hide_traceback_of_ctrl_c(kind, error, traceback):
-    """Ctrl-C is not an error. Python calls this function for every exception that ends it."""
+    """Ctrl-C is not an error. Python calls this when an exception ends the program."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped; a training command continues with --resume", file=sys.stderr)
     else:
@@ -34,7 +34,7 @@ def _hide_traceback_of_ctrl_c(kind, error, traceback):
 
 
 sys.excepthook = _hide_traceback_of_ctrl_c  # before the import of torch, which takes a second
-# torch reads this when it is imported. What a Mac's GPU lacks then runs on its CPU, with a warning.
+# Read when torch is imported: operations that a Mac's GPU lacks run on its CPU, with a warning.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import torch
@@ -69,7 +69,7 @@ def first_sentence(error: Exception) -> str:
 
 # ---- 2. Options --------------------------------------------------------------
 
-LARGEST_COUNT = 10**9  # of anything: a count above it is a slip of the finger
+LARGEST_COUNT = 10**9  # of anything: a larger count is a typo
 
 
 def options(description: str, configs: dict, presets: dict | None = None,
@@ -80,8 +80,8 @@ def options(description: str, configs: dict, presets: dict | None = None,
     get no prefix. The comment after a field is its help text.
     presets: {name: {"rl.lr": value, ...}}; options on the command line override it.
     may_be_zero, at_most_one: fields that may be 0, and fields that are at most 1. All numbers are
-    above 0 otherwise, and whole numbers but seeds are at most LARGEST_COUNT. Raises UserError for
-    a number out of range."""
+    above 0 otherwise, and whole numbers other than seeds are at most LARGEST_COUNT. Raises
+    UserError for a number out of range."""
     presets = presets or {}
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help,
                                      epilog=_describe(presets))
@@ -134,7 +134,9 @@ def _check_range(name: str, value, may_be_zero: tuple[str, ...], at_most_one: tu
         most = 1
     elif isinstance(value, int) and field != "seed":
         most = LARGEST_COUNT
-    if math.isfinite(value) and big_enough and value <= most:
+    if not math.isfinite(value):
+        raise UserError(f"{flag(name)} {value}: must be a finite number")
+    if big_enough and value <= most:
         return
     rule = "must be at least 0" if zero_is_fine else "must be above 0"
     if is_share:
@@ -179,7 +181,8 @@ def errors_in_one_sentence():
     status 2. Other exceptions are bugs of ours, and keep their traceback."""
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without a character shows "?"
+        if hasattr(stream, "reconfigure"):  # a notebook's stream is of another kind
+            stream.reconfigure(errors="replace")  # a terminal without a character shows "?"
     try:
         yield
     except (UserError, TrainingError) as error:
@@ -188,18 +191,18 @@ def errors_in_one_sentence():
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{name}: out of memory ({first_sentence(error)}): add --resume and --recompute, or "
-              "choose a smaller token budget, fewer slots or a smaller --size (see --help); with "
-              "--resume the run continues from the last checkpoint", file=sys.stderr)
+        print(f"{name}: out of memory ({first_sentence(error)}): add --resume, which continues "
+              "from the last checkpoint, and --recompute, a smaller token budget or fewer slots; "
+              "or start over with a smaller --size (see --help)", file=sys.stderr)
         sys.exit(2)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Python, the GPU and torch's CPU allocator say it in three ways, the last of which has other
-    words on other systems ("can't allocate memory" on Linux)."""
+    """Libraries say it in many ways. The words of torch's CPU allocator differ between systems
+    ("can't allocate memory" on Linux)."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "DefaultCPUAllocator: " in str(error)
+    return "DefaultCPUAllocator: " in str(error) or "out of memory" in str(error)
 
 
 # ---- 3. Randomness -----------------------------------------------------------

@@ -18,9 +18,9 @@ optimizer, the step and the number of metrics lines. No generator state is neede
 resumed run draws the random numbers that step 30 always draws (run.rng). Without --resume the
 stage starts over.
 
-No destroyed weights are saved. A step finds out that the last update has led to NaN, so a state
-waits in <stage>_state.next.pt until the step after it is done. After the last step the stage must
-check what it measures (run.check_finite) before it calls `end`. Read the file in this order:
+No run resumes from NaN. Only the next step shows that an update has led to NaN, so a new state
+waits in <stage>_state.next.pt until that step is done. After the last step the stage must check
+what it measures (run.check_finite) before it calls `end`. Read the file in this order:
   1. Folder  which result depends on which, and whether a result can be used
   2. Stage   its methods, in the order in which they run
 """
@@ -35,8 +35,8 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from run import (UserError, file_hash, first_sentence, flag, load, read_text, rng, save, torch_rng,
-                 write_atomically)
+from run import (UserError, file_hash, first_sentence, flag, is_out_of_memory, load, read_text, rng,
+                 save, torch_rng, write_atomically)
 
 try:
     import fcntl
@@ -82,7 +82,7 @@ class Folder:
         self.check_options()
         result_name, parent_names = self.pipeline[name]
         stage = Stage(self, name, cfg, self.path(result_name), self.paths(parent_names))
-        # A finished stage has a result and no state: `Stage.end` deletes the state last.
+        # A finished stage has a result and no state: `end` deletes it after writing the result.
         if self.resume and stage.result.exists() and not stage.state_path.exists():
             self.check_parents(result_name, load(stage.result))
             print(f"nothing to resume: {stage.result} is there, and this stage is complete"
@@ -126,7 +126,7 @@ class Folder:
     def check_options(self):
         """Raise UserError if the folder was made with other options that all stages share, or if
         another process is working in it."""
-        if self.out.is_dir():  # `record` makes it otherwise
+        if self.out.is_dir():  # if not, `record` makes and locks it
             self.lock()
         changes = _changes(read_config(self.out).get("run", {}), self.options, prefix="run")
         if changes:
@@ -249,6 +249,8 @@ class Stage:
                     part.load_state_dict(self.state["parts"][name])
                 self.first_step, self.n_lines = self.state["step"], self.state["lines"]
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 raise UserError(f"{self.state_path} does not fit this stage "
                                 f"({first_sentence(error)}); delete it to start over") from None
             self.state = None  # frees the memory
@@ -295,7 +297,7 @@ class Stage:
         """Write the result, and delete the state."""
         save(self.result, **content, parents=self.parent_hash)
         self.state_path.unlink(missing_ok=True)
-        self.next_state_path.unlink(missing_ok=True)  # of an attempt that failed
+        self.next_state_path.unlink(missing_ok=True)  # left by an attempt that failed
         print(f"    -> {self.result}  ({time.perf_counter() - self.clock:.0f} s)")
 
     def _save_next_state(self, step: int):

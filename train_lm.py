@@ -398,7 +398,7 @@ def behavior(run: Run, model: GPT, header: str = "", n: int = 600, max_response:
         kinds.append("harmless" if i % 3 == 0 else "helpful")
         prompts.append(toy_corpus.draw_prompt(rng, kinds[i], held_out=True))
         ids.append(run.tok.encode_dialogue(header + prompts[i]))
-    # Less than max_response where --context is short; 1: the PM's end-of-context token.
+    # Fewer than max_response where --context is short. The 1 is for the end-of-context token.
     room = run.context - max(len(row) for row in ids) - 1
     uniforms = torch.rand(n, max_response, generator=run.torch_rng("behavior"))[:, :max(room, 1)]
     responses = rollout(model, ids, uniforms, run.tok.end_of_turn).responses()
@@ -418,8 +418,7 @@ def print_behavior(columns: dict[str, dict]):
 
 
 def check_early(run: Run, cd: CDConfig):
-    """Find out before any training whether stage 2 and --export can run. Every command calls this
-    first."""
+    """Find out whether stage 2 and --export can run. Every command calls this before it trains."""
     if run.cfg.export:
         hub.check_export(run.cfg.export)
     if cd.documents > 0:

@@ -105,7 +105,8 @@ def collect(run: Run, cfg: PMConfig, policy: GPT, kind: str, split: str,
     if not kept:
         raise UserError(f"none of the {n:,} pairs of {kind} replies can be compared "
                         f"({counts_line(counts)}): the initial policy knows too little. Give it "
-                        "more --lm.documents, or longer replies (--pm.max-response)")
+                        "more --lm.documents (in a new --out), or longer replies "
+                        "(--pm.max-response)")
     return kept
 
 
@@ -189,16 +190,14 @@ def fit(run: Run, stage, cfg, pm: ScalarModel, pairs: EncodedPairs, weights):
     A second epoch would overfit (HH App. A.2, IG C.2). With one epoch the learning curve is also a
     data-scaling curve (§3.1). HH does not state the optimizer; the betas are IG's."""
     order = torch.randperm(len(pairs.chosen), generator=run.torch_rng(f"{stage.name} batches"))
+    order = order[weights[order] > 0]  # a weight of 0 leaves a comparison out
     batches = order.split(cfg.batch)
     optimizer = torch.optim.AdamW(pm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     stage.start(pm=pm, optimizer=optimizer)
-    print(f"    {len(pairs.chosen):,} comparisons, {len(batches)} steps" + stage.resumed_note())
+    print(f"    {len(order):,} comparisons, {len(batches)} steps" + stage.resumed_note())
     for step, batch in stage.steps(batches, save_every=50):
         set_lr(optimizer, cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1)))
-        batch = batch[weights[batch] > 0]  # a weight of 0 leaves a comparison out
-        if len(batch) == 0:
-            continue
         optimizer.zero_grad(set_to_none=True)
         loss, hits = 0.0, 0
         for i in index_batches(pairs, batch, cfg.token_budget, run.device):
@@ -378,13 +377,13 @@ def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl_max_res
         run.checks.append(lambda: check_toy_prompts(run, lengths))
     else:
         if pmp.data:
-            run.checks.append(lambda: check_comparisons(run, pmp.data, ["train"]))
-        run.checks.append(lambda: check_comparisons(run, run.data, ["train", "test"]))
+            run.checks.append(lambda: check_comparisons(run, pmp.data, ["train"], None))
+        run.checks.append(lambda: check_comparisons(run, run.data, ["train", "test"], run.subsets))
 
 
 def check_toy_prompts(run: Run, lengths: dict[str, int]):
-    """Raise UserError if a prompt leaves no room for a response, whose length an option limits. A
-    tokenizer that learned few merges needs many tokens for a text."""
+    """Raise UserError if a prompt and a response of full length do not fit the context. A tokenizer
+    that learned few merges needs many tokens for a text. lengths: {option: longest response}."""
     rng = run.rng("check prompts")
     longest = 0
     for i in range(1000):
@@ -398,9 +397,8 @@ def check_toy_prompts(run: Run, lengths: dict[str, int]):
                             "--lm.vocab, which makes prompts shorter")
 
 
-def check_comparisons(run: Run, data: str, splits: list[str]):
+def check_comparisons(run: Run, data, splits: list[str], subsets: list[str] | None):
     """Raise UserError if a split of real data has no comparison that fits the context."""
-    subsets = run.subsets if data == run.data else None
     for split in splits:
         found, _ = load_comparisons(data, split, subsets)
         if not any(encode_comparison(run.tok, comparison, run.context) for comparison in found):

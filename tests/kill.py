@@ -1,9 +1,9 @@
-"""Kill a run at random moments, resume it, and compare its files with those of a run left alone.
+"""Kill a run at random moments, resume it, and compare its files with those of a whole run.
 
-    python tests/kill.py            # 28 x kill -9, 5 x Ctrl-C, 3 x SIGTERM: minutes
+    python tests/kill.py [seed]     # 28 x kill -9, 5 x Ctrl-C, 3 x SIGTERM: minutes
 
 This is not part of the suite; test_commands.py kills a run at each file that it writes, which is
-quicker and misses what happens in between.
+quicker and misses what happens in between. It needs Linux or macOS.
 """
 import os
 import random
@@ -30,7 +30,7 @@ def start(out: Path, *more) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, killed_by: int = 0):
-    """Wait for its end, which must be a good one or that of the signal, and without traceback."""
+    """Wait for the end. Its status must be 0 or the signal's, and there must be no traceback."""
     errors = process.communicate()[1].decode(errors="replace")
     if process.returncode not in (0, -killed_by) or "Traceback" in errors:
         sys.exit(f"status {process.returncode} after signal {killed_by}:\n{errors}")
@@ -44,7 +44,7 @@ def main():
         finish(start(whole))
         duration = time.perf_counter() - clock
         expected = content(whole)
-        print(f"a run left alone takes {duration:.0f} s", flush=True)
+        print(f"an uninterrupted run takes {duration:.0f} s", flush=True)
         n_runs = 0
         while signals:
             n_runs += 1
@@ -60,8 +60,10 @@ def main():
                     process.send_signal(killed_by)
                     finish(process, killed_by)
                     n_killed += 1
-            if content(out) != expected:
-                differ = [name for name in expected if content(out).get(name) != expected[name]]
+            found = content(out)
+            if found != expected:
+                names = expected | found
+                differ = [name for name in names if found.get(name) != expected.get(name)]
                 sys.exit(f"run {n_runs}, killed {n_killed} times: other content in {differ}")
             print(f"run {n_runs}: killed {n_killed} times, and ended with the same bytes",
                   flush=True)

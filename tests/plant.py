@@ -29,7 +29,7 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_name("planted_bugs.txt")
-JOBS = max(1, (os.cpu_count() or 1))
+JOBS = os.cpu_count() or 1
 TIMEOUT = 300  # seconds for one bug; some bugs make a loop endless
 PYTEST_FAILED = 1, 2  # pytest's exit codes: a test failed; a file could not even be imported
 
@@ -45,7 +45,7 @@ class Bug:
 
 def read_list() -> list[Bug]:
     bugs = []
-    for number, line in enumerate(LIST.read_text().splitlines(), start=1):
+    for number, line in enumerate(LIST.read_text("utf-8").splitlines(), start=1):
         mark, text = line[:2], line[2:]
         if mark == "@ ":
             file, test = text.split()
@@ -58,7 +58,7 @@ def read_list() -> list[Bug]:
             sys.exit(f"{LIST.name}:{number}: begins with none of '@ ', '- ', '+ ', '#'")
     for bug in bugs:
         bug.old, bug.new = bug.old.removesuffix("\n"), bug.new.removesuffix("\n")
-        found = (ROOT / bug.file).read_text().count(bug.old)
+        found = (ROOT / bug.file).read_text("utf-8").count(bug.old)
         if found != 1 or not bug.old:
             sys.exit(f"{LIST.name}:{bug.line}: its text stands {found} times in {bug.file}, not "
                      "once")
@@ -72,13 +72,13 @@ def make_copy() -> Path:
     return copy
 
 
-def run_tests(copy: Path, tests: list[str]) -> int | None:
+def run_tests(copy: Path, tests: list[str], timeout: int | None = TIMEOUT) -> int | None:
     """The exit code of pytest in a copy; None if it does not end in time."""
     paths = [f"tests/{test}" for test in tests]
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, cwd=copy, env=environment, timeout=TIMEOUT,
+        done = subprocess.run(command, cwd=copy, env=environment, timeout=timeout,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return None
@@ -88,12 +88,12 @@ def run_tests(copy: Path, tests: list[str]) -> int | None:
 def is_noticed(bug: Bug, copies: Queue) -> bool:
     copy = copies.get()
     path = copy / bug.file
-    good = path.read_text()
+    good = path.read_text("utf-8")
     try:
-        path.write_text(good.replace(bug.old, bug.new))
+        path.write_text(good.replace(bug.old, bug.new), "utf-8")
         code = run_tests(copy, [bug.test])
     finally:
-        path.write_text(good)
+        path.write_text(good, "utf-8")
         copies.put(copy)
     return code is None or code in PYTEST_FAILED
 
@@ -102,15 +102,18 @@ def main():
     bugs = read_list()
     if len(sys.argv) > 1:
         bugs = [bug for bug in bugs if bug.file in sys.argv[1:]]
+    if not bugs:
+        sys.exit("no bug on the list is in these files")
     copies = Queue()
     for _ in range(JOBS):
         copies.put(make_copy())
     try:
         # A test that fails anyway would notice everything.
         first = copies.get()
-        if run_tests(first, sorted({bug.test for bug in bugs})) != 0:
-            sys.exit("the tests on the list do not all pass without a bug; run them first")
+        code = run_tests(first, sorted({bug.test for bug in bugs}), timeout=None)
         copies.put(first)
+        if code != 0:
+            sys.exit("the tests on the list do not all pass without a bug; run them first")
         noticed, planted = {}, {}
         with ThreadPoolExecutor(JOBS) as pool:
             results = pool.map(lambda bug: is_noticed(bug, copies), bugs)

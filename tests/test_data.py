@@ -123,7 +123,7 @@ def test_a_line_may_not_fill_the_memory(tmp_path, monkeypatch):
     assert len(longest) == 100
     assert len(list(data.read_jsonl(write_rows(path, longest[:-1], longest[:-1])))) == 2
     message = refused(list, data.read_jsonl(write_rows(path, b"{}", b" " + longest[:-1])))
-    assert message == f"{path}:2: a line of more than 100 bytes"
+    assert message == f"{path}:2: the line has more than 100 bytes"
 
 
 def test_a_byte_order_mark_is_read(tmp_path):

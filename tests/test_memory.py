@@ -78,7 +78,8 @@ def test_memory_by_hand():
             "prefill": 8192 * (per_token + 5 * 1024 + 14 * 768 * 4),
             "copy": copied * (2 * matrices + 4 * rest)}
     # A row longer than a prefill batch is a batch alone.
-    assert sampling_memory(CFG, 1, 9000)["prefill"] == 9000 * (2 * 2 * 32 * 4 + 5 * 9000 + 14 * 32 * 4)
+    one_row = 9000 * (2 * 2 * 32 * 4 + 5 * 9000 + 14 * 32 * 4)
+    assert sampling_memory(CFG, 1, 9000)["prefill"] == one_row
 
 
 @pytest.mark.parametrize("cfg, size", [(CFG, 64), (SIZES["gpt2"], 1024), (SIZES["13B"], 8192)])

@@ -241,7 +241,7 @@ def test_a_response_that_does_not_end_with_its_end_of_turn_stops_the_run(world):
     for broken, words in ((replace(ro, tokens=goes_on), "goes on after its end-of-turn token"),
                           (replace(ro, tokens=never_ends), "does not end with the end-of-turn"),
                           (replace(ro, finished=stops), "does not end with the end-of-turn"),
-                          (replace(ro, finished=~stops), "or the other way round")):
+                          (replace(ro, finished=~stops), "or vice versa")):
         with pytest.raises(TrainingError, match=f"iteration 7: .*{words}"):
             check_rollout(broken, logp, logp, END, "iteration 7", is_first=False)
 
