@@ -676,7 +676,11 @@ def test_memory_is_checked_for_the_stages_that_will_run(tmp_path, monkeypatch):
     run.check_memory(*configs[:2])
     assert list(seen) == ["cd"]
     seen.clear()
-    run.path("cd_state.pt").unlink()
+    run.path("cd_state.pt").rename(run.path("lm_state.pt"))
+    run.check_memory(*configs[:2])
+    assert list(seen) == ["lm", "cd"]
+    seen.clear()
+    run.path("lm_state.pt").unlink()
     run.check_memory(*configs[:2])  # complete, but without --resume the command starts it over
     assert list(seen) == ["cd"]
     seen.clear()
