@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from data import Tokenizer
+from data import MAX_LINE, Tokenizer
 from model import GPT, GPTConfig
 from run import UserError, write_atomically
 from weights import locate_tensors, read_weights, write_safetensors
@@ -414,11 +414,10 @@ def check_row_count(path: Path, n_rows: int):
     """Raises ValueError unless the .gz file has `n_rows` lines; blank ones do not count."""
     count = 0
     with gzip.open(path) as file:
-        line = file.readline(2**24)  # a limit, so that an endless line cannot fill the memory
-        while line:
+        # A limit, so that an endless line cannot fill the memory.
+        for line in iter(lambda: file.readline(MAX_LINE), b""):
             if line.strip():
                 count += 1
-            line = file.readline(2**24)
     if count != n_rows:
         raise ValueError(f"it has {count:,} lines instead of {n_rows:,}")
 

@@ -159,9 +159,8 @@ class Run(Folder):
                                        token_budget=rl.token_budget)
         last = list(stages)[-1]
         for name, stage in stages.items():
-            is_done = self.has(self.pipeline[name][0]) and not self.has(f"{name}_state.pt")
             runs_again = name == last and not self.resume  # a command's own stage starts over
-            if runs_again or not is_done:
+            if runs_again or not self.is_complete(name):
                 check_stage(name, shape, stage, self.cfg.recompute, self.device)
 
     def tokenizer_name(self) -> str:

@@ -76,14 +76,18 @@ class Folder:
     def torch_rng(self, *name) -> torch.Generator:
         return torch_rng(self.seed, *name)
 
+    def is_complete(self, name: str) -> bool:
+        """A finished stage has a result and no state: `Stage.end` deletes it after writing the
+        result."""
+        return self.has(self.pipeline[name][0]) and not self.has(f"{name}_state.pt")
+
     def begin(self, name: str, cfg) -> "Stage | None":
         """Return the stage, ready to run; or print a note and return None if --resume finds that it
         is done. Raises UserError if the folder, or its state, was made with other options."""
         self.check_options()
         result_name, parent_names = self.pipeline[name]
         stage = Stage(self, name, cfg, self.path(result_name), self.paths(parent_names))
-        # A finished stage has a result and no state: `end` deletes it after writing the result.
-        if self.resume and stage.result.exists() and not stage.state_path.exists():
+        if self.resume and self.is_complete(name):
             self.check_parents(result_name, load(stage.result))
             print(f"nothing to resume: {stage.result} is there, and this stage is complete"
                   + stage.ignored_note())
@@ -267,10 +271,11 @@ class Stage:
         with tqdm(desc=self.name, unit=unit, initial=self.first_step, total=self.n_steps,
                   leave=False, disable=None) as self.bar:  # disable=None: only in a terminal
             for step in range(self.first_step, self.n_steps):
-                if step % save_every == 0:
+                is_saved = step % save_every == 0
+                if is_saved:
                     self._save_next_state(step)
                 yield step, items[step]
-                if step % save_every == 0:
+                if is_saved:
                     os.replace(self.next_state_path, self.state_path)
                 self.bar.update()
         self.bar = None
