@@ -72,16 +72,16 @@ class Block(nn.Module):
         self.qkv, self.attn_out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp_in, self.mlp_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
-    def forward(self, x):
-        """x (B, T, D) -> (B, T, D)."""
-        x = x + self.attention(self.ln_1(x))
+    def forward(self, x, mask=None):
+        """x (B, T, D) -> (B, T, D). mask: see `GPT.forward`."""
+        x = x + self.attention(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
-    def attention(self, x):
-        """Causal self-attention: x (B, T, D) -> (B, T, D)."""
-        q, k, v = self.queries_keys_values(x)                        # each (B, H, T, D/H)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D/H)
-        return self.merge_heads(y)                                   # (B, T, D)
+    def attention(self, x, mask):
+        """Self-attention, causal unless a mask is given: x (B, T, D) -> (B, T, D)."""
+        q, k, v = self.queries_keys_values(x)                  # each (B, H, T, D/H)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.merge_heads(y)                             # (B, H, T, D/H) -> (B, T, D)
 
     def mlp(self, x):
         hidden = F.gelu(self.mlp_in(x), approximate="tanh")  # (B, T, 4 D); GPT-2 has the tanh GELU
@@ -124,16 +124,23 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, ids):
+    def forward(self, ids, positions=None, mask=None):
         """ids (B, T) -> hidden states after the last LayerNorm (B, T, D). The logits are a separate
-        step, because most callers want them at a few positions only."""
-        positions = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-        x = self.embed_at(ids, positions)                          # (B, T, D)
+        step, because most callers want them at a few positions only.
+
+        By default a token's position is its index, and it sees every token up to itself. Where a
+        row holds several replies to one prompt (pm.score_branches), positions (B, T) and mask
+        (B, 1, T, T) say otherwise; mask[b, 0, i, j] is whether token i sees token j."""
+        if positions is None:
+            T = ids.shape[1]
+            assert T <= self.cfg.context, f"{T} tokens do not fit a context of {self.cfg.context}"
+            positions = torch.arange(T, device=ids.device)             # (T,)
+        x = self.embed_at(ids, positions)                              # (B, T, D)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, mask, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, mask)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -145,8 +152,6 @@ class GPT(nn.Module):
 
     def embed_at(self, ids, positions):
         """ids (B, T) at positions (T,) or (B, T) -> (B, T, D)."""
-        T = ids.shape[1]
-        assert T <= self.cfg.context, f"{T} tokens do not fit a context of {self.cfg.context}"
         return self.embed(ids) + self.positions(positions)
 
 

@@ -44,10 +44,10 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.zeros(()))  # subtracted; set once, after training
 
-    def forward(self, ids):
-        """ids (B, T) -> (B, T). Float32 also under autocast: between 2 and 4, bf16 can only
-        represent multiples of 1/64."""
-        hidden = at_least_float32(self.trunk(ids))       # (B, T, D)
+    def forward(self, ids, positions=None, mask=None):
+        """ids (B, T) -> (B, T); positions and mask as in `GPT.forward`. Float32 also under
+        autocast: between 2 and 4, bf16 can only represent multiples of 1/64."""
+        hidden = at_least_float32(self.trunk(ids, positions, mask))  # (B, T, D)
         with torch.autocast(ids.device.type, enabled=False):
             return self.head(hidden)[..., 0] - self.mean  # (B, T)
 
@@ -69,6 +69,50 @@ def score_rows(pm: ScalarModel, rows: list[list[int]], token_budget: int = 0, de
         with autocast(device):
             scores[batch] = pm.score(ids.to(device), n_tokens.to(device)).cpu()
     return scores
+
+
+def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
+    """Scores (B, K), differentiable, of K rows of ids for each of B comparisons: rows[b][k].
+
+    The K rows of a comparison begin with the same prompt, and a token's hidden state depends only
+    on what stands before it. So one row can hold what they share once, and then the K rests, the
+    branches, side by side. Each branch sees the shared part and itself, and its positions continue
+    those of the shared part. The scores are the same as those of K separate rows."""
+    ids, positions, branches, ends = [], [], [], []
+    for comparison in rows:
+        shared = shared_length(comparison)
+        row = comparison[0][:shared]
+        position, branch, end = list(range(shared)), [0] * shared, []
+        for number, whole in enumerate(comparison, start=1):
+            row = row + whole[shared:]
+            position.extend(range(shared, len(whole)))
+            branch.extend([number] * (len(whole) - shared))
+            end.append(len(row) - 1)
+        ids.append(row)
+        positions.append(position)
+        branches.append(branch)
+        ends.append(end)
+    ids = pad(ids)[0].to(device)              # (B, T)
+    positions = pad(positions)[0].to(device)  # (B, T)
+    branch = pad(branches)[0].to(device)      # (B, T); 0 is the shared part
+    T = ids.shape[1]
+    # Entry [b, i, j] says whether token i sees token j. No token sees the pads, which come last.
+    is_before = torch.ones(T, T, dtype=torch.bool, device=device).tril()  # (T, T)
+    is_own = branch[:, :, None] == branch[:, None, :]                     # (B, T, T)
+    is_shared = branch[:, None, :] == 0                                   # (B, 1, T)
+    mask = is_before & (is_own | is_shared)                               # (B, T, T)
+    with autocast(device):
+        values = pm(ids, positions, mask[:, None])                        # (B, T)
+    return values.gather(1, torch.tensor(ends, device=device))            # (B, K)
+
+
+def shared_length(rows: list[list[int]]) -> int:
+    """How many ids all the rows begin with; of each row at least the last id is left over."""
+    most = min(len(row) for row in rows) - 1
+    for position in range(most):
+        if len({row[position] for row in rows}) > 1:
+            return position
+    return most
 
 
 # ---- 2. The loss -------------------------------------------------------------

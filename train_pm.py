@@ -35,7 +35,7 @@ from data import (HUMAN, Comparison, batches_by_length, counts_line, encode_comp
                   load_comparisons, pad, write_comparisons)
 from model import GPT
 from pipeline import Run, RunConfig, main
-from pm import ScalarModel, ranking_loss, report, score_rows
+from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length
 from rollout import rollout
 from train_lm import (CDConfig, LMConfig, check_early as check_lm_early, ensure as ensure_lm,
                       set_lr)
@@ -201,7 +201,8 @@ def fit(run: Run, stage, cfg, pm: ScalarModel, pairs: EncodedPairs, weights):
         optimizer.zero_grad(set_to_none=True)
         loss, hits = 0.0, 0
         for i in index_batches(pairs, batch, cfg.token_budget, run.device):
-            chosen, rejected = score_pairs(pm, pairs, i, run.device)  # (n,), (n,)
+            rows = [[pairs.chosen[j], pairs.rejected[j]] for j in i.tolist()]
+            chosen, rejected = score_branches(pm, rows, run.device).unbind(1)  # (n,), (n,)
             losses = weights[i].to(run.device) * ranking_loss(chosen, rejected)
             # The divisor is the batch's total weight, so a pair in a batch with many red-team pairs
             # counts a little less.
@@ -222,19 +223,14 @@ def fit(run: Run, stage, cfg, pm: ScalarModel, pairs: EncodedPairs, weights):
 
 
 def index_batches(pairs: EncodedPairs, batch, token_budget: int, device):
-    """Split a batch's indices into parts that fit one forward pass. A comparison has two rows."""
-    longest = [max(len(pairs.chosen[i]), len(pairs.rejected[i])) for i in batch.tolist()]
-    for part in batches_by_length(longest, tokens_at_once(token_budget, device) // 2):
+    """Split a batch's indices into parts that fit one forward pass. A comparison is read as one
+    row, see pm.score_branches."""
+    lengths = []
+    for i in batch.tolist():
+        chosen, rejected = pairs.chosen[i], pairs.rejected[i]
+        lengths.append(len(chosen) + len(rejected) - shared_length([chosen, rejected]))
+    for part in batches_by_length(lengths, tokens_at_once(token_budget, device)):
         yield batch[part]
-
-
-def score_pairs(pm: ScalarModel, pairs: EncodedPairs, i, device):
-    """Scores of the chosen and of the rejected replies of comparisons i; (n,) each."""
-    rows = [pairs.chosen[j] for j in i.tolist()] + [pairs.rejected[j] for j in i.tolist()]
-    ids, lengths = pad(rows)  # (2 n, T), (2 n,)
-    with autocast(device):
-        scores = pm.score(ids.to(device), lengths.to(device))
-    return scores.chunk(2)
 
 
 def from_lm(run: Run) -> ScalarModel:

@@ -153,9 +153,9 @@ class Watch:
         def weighted(run, stage, cfg, pm, pairs, weights):
             self.weights[self.stage] = list(zip(pairs.comparisons, weights.tolist()))
 
-        def rows_of(pm, pairs, i, device):
-            for side in (pairs.chosen, pairs.rejected):
-                self.see([side[j] for j in i.tolist()])
+        def rows_of(pm, pairs, device):
+            for pair in pairs:
+                self.see(pair)
 
         def iterate(*_):
             self.training = True
@@ -179,7 +179,7 @@ class Watch:
         before(train_pm, "fit", weighted)
         before(train_lm, "lm_loss", lambda model, rows, *_: self.see(rows))
         before(train_lm, "distillation_loss", lambda *args: self.see(args[3]))
-        before(train_pm, "score_pairs", rows_of)
+        before(train_pm, "score_branches", rows_of)
         before(train_pm, "score_rows", lambda pm, rows, *_: self.see(rows, training=False))
         before(train_rl.Learner, "iterate", iterate)
         before(train_rl, "evaluate", evaluated)

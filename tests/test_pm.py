@@ -11,7 +11,7 @@ from data import Comparison, pad
 from helpers import (CFG, END_OF_CONTEXT, StubRun, doubled, exact_score, flat, float64,
                      max_difference, normal, shaken)
 from model import GPT, GPTConfig
-from pm import ScalarModel, ranking_loss, report, score_rows, wilson
+from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length, wilson
 from train_pm import EncodedPairs, PMConfig, fit
 
 
@@ -55,6 +55,32 @@ def test_pads_do_not_matter(pm):
         for b, row in enumerate(rows):
             wide[b, :len(row)] = torch.tensor(row)
         assert max_difference(pm.score(wide, lengths), pm.score(ids, lengths)) < 1e-9
+
+
+@pytest.mark.parametrize("n_shared, lengths", [(0, (1, 1)), (5, (3, 9)), (30, (1, 7, 20)), (7, (8,))])
+def test_branches_score_like_separate_rows(pm, n_shared, lengths):
+    """Three comparisons in one batch: K rows that begin alike, some of them equal, and gradients
+    that are those of separate rows. Together the rows may be longer than the context."""
+    rng, comparisons = random.Random(n_shared), []
+    for more in (0, 3, 11):
+        shared = [rng.randrange(16) for _ in range(n_shared + more)]
+        comparisons.append([shared + [rng.randrange(16) for _ in range(n)] for n in lengths])
+    comparisons[1][0] = list(comparisons[1][-1])  # as if both replies were the same
+    expected = [[exact_score(pm, row) for row in rows] for rows in comparisons]
+    scores = score_branches(pm.requires_grad_(True), comparisons, "cpu")
+    assert max_difference(scores.detach(), torch.tensor(expected, dtype=torch.float64)) < 1e-9
+    (scores ** 2).sum().backward()
+    together = flat(p.grad for p in pm.parameters())
+    pm.zero_grad()
+    separate = [pm.score(*pad([row])) for rows in comparisons for row in rows]
+    (torch.cat(separate) ** 2).sum().backward()
+    assert max_difference(together, flat(p.grad for p in pm.parameters())) < 1e-9 * together.norm()
+
+
+def test_the_shared_part_by_hand():
+    assert shared_length([[1, 2, 3], [1, 2, 4, 5]]) == 2 and shared_length([[1], [2]]) == 0
+    assert shared_length([[1, 2], [1, 2, 3], [1, 2, 4]]) == 1  # of each row one id is left over
+    assert shared_length([[7, 8, 9]]) == 2
 
 
 @pytest.mark.parametrize("token_budget", [1, 64, 300, 8192])
