@@ -76,7 +76,7 @@ def positions_in(cache: KVCache, ids):
 
 def cached_block(block: Block, x, cache: KVCache, layer: int, positions, visible):
     """`Block.forward` with the attention below in place of its own; x (B, T, D) -> (B, T, D)."""
-    x = x + cached_attention(block, block.ln_1(x), cache, layer, positions, visible)
+    x = x + block.attn_out(cached_attention(block, block.ln_1(x), cache, layer, positions, visible))
     return x + block.mlp(block.ln_2(x))
 
 

@@ -44,17 +44,17 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.zeros(()))  # subtracted; set once, after training
 
-    def forward(self, ids):
-        """ids (B, T) -> (B, T). Float32 also under autocast: between 2 and 4, bf16 can only
-        represent multiples of 1/64."""
-        hidden = at_least_float32(self.trunk(ids))       # (B, T, D)
+    def forward(self, ids, at=None):
+        """ids (B, T) -> (B, T), or (n,) at the positions `at` (see GPT.forward). Float32 also under
+        autocast: between 2 and 4, bf16 can only represent multiples of 1/64."""
+        hidden = at_least_float32(self.trunk(ids, at))    # (B, T, D) or (n, D)
         with torch.autocast(ids.device.type, enabled=False):
-            return self.head(hidden)[..., 0] - self.mean  # (B, T)
+            return self.head(hidden)[..., 0] - self.mean  # (B, T) or (n,)
 
     def score(self, ids, lengths):
         """ids (B, T) padded on the right, lengths (B,) -> scores (B,) on each row's last token."""
         rows = torch.arange(len(ids), device=ids.device)
-        return self(ids)[rows, lengths - 1]
+        return self(ids, (rows, lengths - 1))
 
 
 @torch.no_grad()
