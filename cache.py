@@ -5,7 +5,7 @@ read the prompt again for each token. Here the keys and values of all tokens rea
 and only the new tokens pass through the network. Read it in this order:
   1. KVCache          what is kept
   2. forward_cached   `GPT.forward` for rows whose beginning is in the cache
-  3. prefill          fills the cache with prompts, and computes nothing else
+  3. prefill          the keys and values of prompts, and nothing else
 
 Legend:  B batch (rows, or slots)   T new tokens of each row   C cache length   D width   H heads
          L layers
@@ -15,7 +15,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Block, GPTConfig
+from model import GPT, GPTConfig
 
 # ---- 1. KVCache --------------------------------------------------------------
 
@@ -32,9 +32,9 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
 
-    def write(self, layer: int, positions, k, v):
-        """Store keys and values (B, H, T, D/H) of T tokens of each row at `positions` (B, T)."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+    def write(self, layer: int, rows, positions, k, v):
+        """Store keys and values (B, H, T, D/H) of T tokens in each of `rows` (B, 1), at `positions`
+        (B, T)."""
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
 
@@ -56,48 +56,37 @@ def forward_cached(model: GPT, ids, cache: KVCache):
     Row b's new tokens follow the cache.lengths[b] tokens that it already holds. The new tokens'
     keys and values are stored. The caller must then increase cache.lengths, by less than T where a
     row ends in pads."""
-    positions, visible = positions_in(cache, ids)
-    x = model.embed_at(ids, positions)  # (B, T, D)
-    for layer, block in enumerate(model.blocks):
-        x = cached_block(block, x, cache, layer, positions, visible)
-    return model.ln_f(x)
-
-
-def positions_in(cache: KVCache, ids):
-    """The positions (B, T) of the new tokens, and visible (B, 1, T, C): which entries of the cache
-    each of them attends to."""
-    T, C = ids.shape[1], cache.k.shape[3]
-    positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)      # (B, T)
+    (B, T), C = ids.shape, cache.k.shape[3]
+    # What all layers share is made once: where the new tokens go, and what they may see.
+    rows = torch.arange(B, device=ids.device)[:, None]                            # (B, 1)
+    positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)       # (B, T)
     # A token sees the cache up to and including itself. Entries further right are pads, or belong
     # to an earlier response of the slot. They are hidden, and overwritten when this row gets there.
-    visible = torch.arange(C, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, C)
-    return positions, visible
-
-
-def cached_block(block: Block, x, cache: KVCache, layer: int, positions, visible):
-    """`Block.forward` with the attention below in place of its own; x (B, T, D) -> (B, T, D)."""
-    x = x + cached_attention(block, block.ln_1(x), cache, layer, positions, visible)
-    return x + block.mlp(block.ln_2(x))
-
-
-def cached_attention(block: Block, x, cache: KVCache, layer: int, positions, visible):
-    """`Block.attention` over all that the cache holds, the new tokens x (B, T, D) included."""
-    q, k, v = block.queries_keys_values(x)  # each (B, H, T, D/H)
-    cache.write(layer, positions, k, v)
-    y = F.scaled_dot_product_attention(q, cache.k[layer], cache.v[layer], attn_mask=visible)
-    return block.merge_heads(y)             # (B, T, D)
+    is_hidden = torch.arange(C, device=ids.device) > positions[:, None, :, None]  # (B, 1, T, C)
+    mask = torch.zeros_like(is_hidden, dtype=cache.k.dtype).masked_fill(is_hidden, float("-inf"))
+    x = model.embed_at(ids, positions)  # (B, T, D)
+    for layer, block in enumerate(model.blocks):
+        # `Block.forward`, with attention over all that the cache holds, new tokens included.
+        q, k, v = block.queries_keys_values(block.ln_1(x))  # each (B, H, T, D/H)
+        cache.write(layer, rows, positions, k, v)
+        y = F.scaled_dot_product_attention(q, cache.k[layer], cache.v[layer], attn_mask=mask)
+        x = x + block.attn_out(block.merge_heads(y))        # (B, T, D)
+        x = x + block.mlp(block.ln_2(x))
+    return model.ln_f(x)
 
 
 # ---- 3. prefill --------------------------------------------------------------
 
 
-def prefill(model: GPT, ids, cache: KVCache):
-    """Fill the cache as `forward_cached` does, but skip what the last block would do after its keys
-    and values."""
-    positions, visible = positions_in(cache, ids)
-    x = model.embed_at(ids, positions)
-    last = len(model.blocks) - 1
-    for layer, block in enumerate(model.blocks[:last]):
-        x = cached_block(block, x, cache, layer, positions, visible)
-    _, k, v = model.blocks[last].queries_keys_values(model.blocks[last].ln_1(x))
-    cache.write(last, positions, k, v)
+def prefill(model: GPT, ids):
+    """Yield each layer's keys and values (B, H, T, D/H) of rows ids (B, T) that begin here. What
+    the last block would do after its keys and values is skipped."""
+    x = model.embed_at(ids, torch.arange(ids.shape[1], device=ids.device))  # (B, T, D)
+    last = model.blocks[-1]
+    for block in model.blocks:
+        q, k, v = block.queries_keys_values(block.ln_1(x))                  # (B, H, T, D/H)
+        yield k, v
+        if block is not last:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, H, T, D/H)
+            x = x + block.attn_out(block.merge_heads(y))                    # (B, T, D)
+            x = x + block.mlp(block.ln_2(x))

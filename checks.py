@@ -105,7 +105,7 @@ def rollout_statistics(ro: Rollouts, scores, logp, ref_logp, old_values, returns
         "finished": ro.finished.float().mean(),
         "explained_variance": 1 - unexplained,
     }
-    return {name: value.item() for name, value in statistics.items()}
+    return as_floats(statistics)
 
 
 @torch.no_grad()
@@ -119,10 +119,17 @@ def update_statistics(policy_sum, value_sum, entropy_sum, logp, old_logp, clip) 
             "approx_kl": k3.sum(), "clip_fraction": is_outside.sum()}
 
 
+@torch.no_grad()
 def add_to(totals: dict, sums: dict, n_tokens: int):
-    """Add a piece's share of the means over a minibatch of n_tokens tokens."""
+    """Add a piece's share of the means over a minibatch of n_tokens tokens; tensors."""
     for name, value in sums.items():
-        totals[name] = totals.get(name, 0.0) + (value / n_tokens).item()
+        totals[name] = totals.get(name, 0.0) + value / n_tokens
+
+
+def as_floats(statistics: dict) -> dict:
+    """Tensors to floats, with one question to the device for all of them: a GPU that is asked has
+    to finish its work first."""
+    return dict(zip(statistics, torch.stack(list(statistics.values())).tolist()))
 
 
 def averages(history: list[dict]) -> dict:

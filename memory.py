@@ -61,10 +61,9 @@ def sampling_memory(cfg: GPTConfig, slots: int, size: int, device="cpu") -> dict
     number_bytes = compute_dtype(device).itemsize
     token_bytes = 2 * cfg.n_layer * cfg.d_model * number_bytes  # keys and values
     n_matrix_params = 12 * cfg.n_layer * cfg.d_model**2
-    # Prefill needs, for each token: its cache entry; a row of the attention mask, 1 byte as bool
-    # and 4 as float; and at a block's widest point 14 D floats: x, LN(x), q, k, v, the attention's
-    # output, and 4 D twice.
-    prefill_bytes = token_bytes + 5 * size + 14 * cfg.d_model * 4
+    # Prefill needs, for each token at a block's widest point, 14 D floats: x, LN(x), q, k, v, the
+    # attention's output, and 4 D twice.
+    prefill_bytes = 14 * cfg.d_model * 4
     n_logit_copies = 4  # logits, log-probs, probabilities, their sums
     copy_bytes = 2 * n_matrix_params + 4 * (cfg.n_params() - n_matrix_params)
     return {

@@ -72,16 +72,21 @@ class Block(nn.Module):
         self.qkv, self.attn_out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp_in, self.mlp_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
-    def forward(self, x, mask=None):
-        """x (B, T, D) -> (B, T, D). mask: see `GPT.forward`."""
-        x = x + self.attention(self.ln_1(x), mask)
+    def forward(self, x, at=None, mask=None):
+        """x (B, T, D) -> (B, T, D); with `at`, only x[at] is carried on: (n, D). mask: see
+        `GPT.forward`."""
+        y = self.attention(self.ln_1(x), mask)  # (B, T, D)
+        if at is not None:
+            x, y = x[at], y[at]                 # (n, D)
+        x = x + self.attn_out(y)
         return x + self.mlp(self.ln_2(x))
 
     def attention(self, x, mask):
-        """Self-attention, causal unless a mask is given: x (B, T, D) -> (B, T, D)."""
-        q, k, v = self.queries_keys_values(x)                  # each (B, H, T, D/H)
+        """Self-attention, causal unless a mask is given, up to `attn_out`: x (B, T, D) ->
+        (B, T, D)."""
+        q, k, v = self.queries_keys_values(x)  # each (B, H, T, D/H)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.merge_heads(y)                             # (B, H, T, D/H) -> (B, T, D)
+        return self.merge_heads(y)             # (B, H, T, D/H) -> (B, T, D)
 
     def mlp(self, x):
         hidden = F.gelu(self.mlp_in(x), approximate="tanh")  # (B, T, 4 D); GPT-2 has the tanh GELU
@@ -94,9 +99,9 @@ class Block(nn.Module):
         return qkv.permute(2, 0, 3, 1, 4)                 # (3, B, H, T, D/H)
 
     def merge_heads(self, y):
-        """Put the heads side by side and mix them: y (B, H, T, D/H) -> (B, T, D)."""
+        """Put the heads side by side: y (B, H, T, D/H) -> (B, T, D). `attn_out` mixes them."""
         B, H, T, _ = y.shape
-        return self.attn_out(y.transpose(1, 2).reshape(B, T, -1))
+        return y.transpose(1, 2).reshape(B, T, -1)
 
 
 class GPT(nn.Module):
@@ -124,9 +129,13 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, ids, positions=None, mask=None):
+    def forward(self, ids, at=None, positions=None, mask=None):
         """ids (B, T) -> hidden states after the last LayerNorm (B, T, D). The logits are a separate
         step, because most callers want them at a few positions only.
+
+        `at` names the positions that the caller wants: a mask (B, T), or a pair of rows and
+        columns, (n,) each. The result is then forward(ids)[at], (n, D), but the last block does no
+        more for the other positions than their keys and values.
 
         By default a token's position is its index, and it sees every token up to itself. Where a
         row holds several replies to one prompt (pm.score_branches), positions (B, T) and mask
@@ -134,13 +143,14 @@ class GPT(nn.Module):
         if positions is None:
             T = ids.shape[1]
             assert T <= self.cfg.context, f"{T} tokens do not fit a context of {self.cfg.context}"
-            positions = torch.arange(T, device=ids.device)             # (T,)
-        x = self.embed_at(ids, positions)                              # (B, T, D)
+            positions = torch.arange(T, device=ids.device)  # (T,)
+        x = self.embed_at(ids, positions)                   # (B, T, D)
         for block in self.blocks:
+            block_at = at if block is self.blocks[-1] else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, block_at, mask, use_reentrant=False)
             else:
-                x = block(x, mask)
+                x = block(x, block_at, mask)
         return self.ln_f(x)
 
     def logits(self, hidden):
@@ -176,31 +186,37 @@ def token_logprobs(model: GPT, hidden, targets, temperature=1.0, max_logits=0):
     hidden (n, D): states at the positions BEFORE the tokens (token t is predicted at t - 1).
     targets (n,): the tokens. `temperature` must be that of sampling, or ratio and KL compare
     different distributions.
-    The logits are computed in chunks of at most `max_logits` numbers (0: run.logits_at_once). If
-    there are several, each is recomputed in the backward pass: 16k tokens of GPT-2 would otherwise
-    hold 16k x 50k floats = 3.3 GB, several times over."""
-
-    def chunk_logprobs(hidden_chunk, target_chunk):
+    max_logits: see `in_chunks`."""
+    def of_chunk(hidden_chunk, target_chunk):
         logp = log_softmax_at(model.logits(hidden_chunk), temperature)  # (chunk, V)
-        return logp.gather(1, target_chunk[:, None])[:, 0]              # (chunk,)
+        return logp.gather(1, target_chunk[:, None])                    # (chunk, 1)
+    return in_chunks(of_chunk, model, hidden, targets, max_logits)[:, 0]
 
+
+def token_logprobs_and_entropies(model: GPT, hidden, targets, temperature=1.0, max_logits=0):
+    """`token_logprobs`, and from the same logits the entropies of the distributions, in nats: (n,)
+    each. The entropies are for the log only and have no gradient."""
+    def of_chunk(hidden_chunk, target_chunk):
+        logp = log_softmax_at(model.logits(hidden_chunk), temperature)  # (chunk, V)
+        chosen = logp.gather(1, target_chunk[:, None])                  # (chunk, 1)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(1, keepdim=True)         # (chunk, 1)
+        return torch.cat((chosen, entropy), 1)                          # (chunk, 2)
+    logp, entropy = in_chunks(of_chunk, model, hidden, targets, max_logits).unbind(1)
+    return logp, entropy.detach()
+
+
+def in_chunks(function, model: GPT, hidden, targets, max_logits):
+    """Apply `function` to chunks of states and targets whose logits are at most `max_logits`
+    numbers (0: run.logits_at_once), and join the results. If there are several chunks, each is
+    recomputed in the backward pass: 16k tokens of GPT-2 would otherwise hold 16k x 50k floats =
+    3.3 GB, several times over."""
     chunk = max(1, logits_at_once(max_logits, hidden.device) // model.cfg.vocab_size)
     if len(targets) <= chunk:
-        return chunk_logprobs(hidden, targets)
+        return function(hidden, targets)
     parts = []
     for hidden_chunk, target_chunk in zip(hidden.split(chunk), targets.split(chunk)):
-        parts.append(checkpoint(chunk_logprobs, hidden_chunk, target_chunk, use_reentrant=False))
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def token_entropies(model: GPT, hidden, temperature=1.0, max_logits=0):
-    """Entropies (n,) in nats of the distributions that states (n, D) predict; for logging only."""
-    chunk = max(1, logits_at_once(max_logits, hidden.device) // model.cfg.vocab_size)
-    parts = []
-    for hidden_chunk in hidden.split(chunk):
-        logp = log_softmax_at(model.logits(hidden_chunk), temperature)  # (chunk, V)
-        parts.append(-(logp.exp() * logp).sum(1))                       # (chunk,)
+        parts.append(checkpoint(function, hidden_chunk, target_chunk, use_reentrant=False))
     return torch.cat(parts)
 
 

@@ -44,17 +44,18 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.zeros(()))  # subtracted; set once, after training
 
-    def forward(self, ids, positions=None, mask=None):
-        """ids (B, T) -> (B, T); positions and mask as in `GPT.forward`. Float32 also under
-        autocast: between 2 and 4, bf16 can only represent multiples of 1/64."""
-        hidden = at_least_float32(self.trunk(ids, positions, mask))  # (B, T, D)
+    def forward(self, ids, at=None, positions=None, mask=None):
+        """ids (B, T) -> (B, T), or (n,) at the positions `at`; positions and mask as in
+        `GPT.forward`. Float32 also under autocast: between 2 and 4, bf16 can only represent
+        multiples of 1/64."""
+        hidden = at_least_float32(self.trunk(ids, at, positions, mask))  # (B, T, D) or (n, D)
         with torch.autocast(ids.device.type, enabled=False):
-            return self.head(hidden)[..., 0] - self.mean  # (B, T)
+            return self.head(hidden)[..., 0] - self.mean  # (B, T) or (n,)
 
     def score(self, ids, lengths):
         """ids (B, T) padded on the right, lengths (B,) -> scores (B,) on each row's last token."""
         rows = torch.arange(len(ids), device=ids.device)
-        return self(ids)[rows, lengths - 1]
+        return self(ids, (rows, lengths - 1))
 
 
 @torch.no_grad()
@@ -95,6 +96,7 @@ def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
     ids = pad(ids)[0].to(device)              # (B, T)
     positions = pad(positions)[0].to(device)  # (B, T)
     branch = pad(branches)[0].to(device)      # (B, T); 0 is the shared part
+    ends = torch.tensor(ends, device=device)  # (B, K)
     T = ids.shape[1]
     # Entry [b, i, j] says whether token i sees token j. No token sees the pads, which come last.
     is_before = torch.ones(T, T, dtype=torch.bool, device=device).tril()  # (T, T)
@@ -102,8 +104,8 @@ def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
     is_shared = branch[:, None, :] == 0                                   # (B, 1, T)
     mask = is_before & (is_own | is_shared)                               # (B, T, T)
     with autocast(device):
-        values = pm(ids, positions, mask[:, None])                        # (B, T)
-    return values.gather(1, torch.tensor(ends, device=device))            # (B, K)
+        rows_of_ends = torch.arange(len(ids), device=device)[:, None]     # (B, 1)
+        return pm(ids, (rows_of_ends, ends), positions, mask[:, None])    # (B, K)
 
 
 def shared_length(rows: list[list[int]]) -> int:

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 
 import torch
 
-from checks import add_to, averages, check_first_ratio, update_statistics
+from checks import add_to, as_floats, averages, check_first_ratio, update_statistics
 from data import batches_by_length
-from model import GPT, token_entropies, token_logprobs
+from model import GPT, token_logprobs, token_logprobs_and_entropies
 from pm import ScalarModel, score_rows
 from rollout import Rollouts
 from run import autocast, check_finite, tokens_at_once
@@ -79,27 +79,22 @@ def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig
 # ---- 4. Rewards --------------------------------------------------------------
 
 
-def before_tokens(per_position, ro: Rollouts, i):
-    """Pick the entries one position before each response token: (B, T, ...) -> (B, R, ...)."""
-    R, device = ro.logp.shape[1], per_position.device
-    position = ro.prompt_len[i][:, None] - 1 + torch.arange(R, device=device)  # (B, R)
-    # Columns beyond a response may point past the end; the mask hides what is picked there.
-    position = position.clamp(max=per_position.shape[1] - 1)
-    row_index = torch.arange(len(position), device=device)[:, None]            # (B, 1)
-    return per_position[row_index, position]
+def tokens_at(ro: Rollouts, i):
+    """Where the real tokens of responses i stand in a rectangle (B, R): rows, columns, (n,) each.
+    For a rectangle x, x[i][tokens_at(ro, i)] is packed: (n,)."""
+    return ro.mask[i].nonzero(as_tuple=True)
 
 
-def token_states(policy: GPT, ro: Rollouts, i):
-    """(n, D) the hidden state before each real token of responses i; only these get logits."""
-    return before_tokens(policy(ro.rows(i)), ro, i)[ro.mask[i]]
+def states_at(ro: Rollouts, i):
+    """Where their states are read, one position before each token, in ro.rows(i) (B, T)."""
+    row, t = tokens_at(ro, i)
+    return row, ro.prompt_len[i][row] - 1 + t
 
 
 def response_logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0):
-    """(B, R) log-probs of responses i, by one full forward pass; 0 where mask is False."""
-    mask = ro.mask[i]
-    states = token_states(policy, ro, i)                                       # (n, D)
-    packed = token_logprobs(policy, states, ro.actions[i][mask], temperature)  # (n,)
-    return torch.zeros_like(mask, dtype=packed.dtype).masked_scatter(mask, packed)
+    """(n,) log-probs of the tokens of responses i, by one full forward pass."""
+    states = policy(ro.rows(i), states_at(ro, i))  # (n, D): only these get logits
+    return token_logprobs(policy, states, ro.actions[i][tokens_at(ro, i)], temperature)
 
 
 def all_logprobs(policy: GPT, ro: Rollouts, cfg: PPOConfig):
@@ -112,14 +107,17 @@ def all_logprobs(policy: GPT, ro: Rollouts, cfg: PPOConfig):
 
 @torch.no_grad()
 def in_batches(function, ro: Rollouts, token_budget: int):
-    """Apply `function`, which turns indices into (B, R), to all the responses; returns (N, R).
-    Batches hold responses of like length, so short rows are not padded to the longest of all."""
+    """Apply `function`, which turns indices into a number for each token (n,), to all the
+    responses; returns (N, R), 0 where mask is False. Batches hold responses of like length, so
+    short rows are not padded to the longest of all. (Not inference_mode: the update's loss takes
+    these numbers, and autograd refuses tensors made in that mode.)"""
     result = torch.zeros_like(ro.logp)
     budget = tokens_at_once(token_budget, result.device)
     for batch in batches_by_length(ro.lengths.tolist(), budget):
         i = torch.tensor(batch, device=result.device)
+        row, t = tokens_at(ro, i)
         with autocast(result.device):
-            result[i] = function(i).to(result.dtype)
+            result[i[row], t] = function(i).to(result.dtype)
     return result
 
 
@@ -138,8 +136,8 @@ def shaped_rewards(scores, logp, ref_logp, mask, kl_coef):
 
 
 def state_values(critic: ScalarModel, ro: Rollouts, i):
-    """V(s_t) of responses i, (B, R); 0 where mask is False."""
-    return before_tokens(critic(ro.rows(i)), ro, i) * ro.mask[i]
+    """(n,) V(s_t) of the tokens of responses i."""
+    return critic(ro.rows(i), states_at(ro, i))
 
 
 def all_values(critic: ScalarModel, ro: Rollouts, cfg: PPOConfig):
@@ -231,34 +229,35 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
             statistics = {}
             optimizer.zero_grad(set_to_none=True)
             for i in pieces(ro, minibatch, cfg.token_budget):
-                mask = ro.mask[i]
-                actions, old_logp = ro.actions[i][mask], ex.logp[i][mask]                 # (n,)
-                old_values, returns = ex.values[i][mask], ex.returns[i][mask]             # (n,)
-                with autocast(mask.device):
-                    states = token_states(policy, ro, i)                                  # (n, D)
-                    logp = token_logprobs(policy, states, actions, cfg.temperature)       # (n,)
-                policy_sum = policy_loss(logp, old_logp, ex.advantages[i][mask], cfg.clip).sum()
+                at = tokens_at(ro, i)
+                actions, old_logp = ro.actions[i][at], ex.logp[i][at]                     # (n,)
+                advantages = ex.advantages[i][at]                                         # (n,)
+                old_values, returns = ex.values[i][at], ex.returns[i][at]                 # (n,)
+                with autocast(actions.device):
+                    states = policy(ro.rows(i), states_at(ro, i))                         # (n, D)
+                    logp, entropy = token_logprobs_and_entropies(
+                        policy, states, actions, cfg.temperature)                         # (n,)
+                policy_sum = policy_loss(logp, old_logp, advantages, cfg.clip).sum()
                 (policy_sum / n_tokens).backward()
                 # The critic is another network. Its turn comes after the policy's backward pass,
                 # so that the activations of only one of them are held at a time.
-                with autocast(mask.device):
-                    new_values = state_values(critic, ro, i)[mask]                        # (n,)
+                with autocast(actions.device):
+                    new_values = state_values(critic, ro, i)                              # (n,)
                 value_sum = value_loss(new_values, old_values, returns, cfg.value_clip).sum()
                 (value_sum / n_tokens).backward()
-                check_finite(where, policy_loss=policy_sum.item(), value_loss=value_sum.item())
-
-                # For the log:
-                entropy = token_entropies(policy, states, cfg.temperature).sum()
-                sums = update_statistics(policy_sum, value_sum, entropy, logp, old_logp, cfg.clip)
+                sums = update_statistics(policy_sum, value_sum, entropy.sum(), logp, old_logp,
+                                         cfg.clip)
                 add_to(statistics, sums, n_tokens)
                 if not history:
                     check_first_ratio(logp, old_logp, where)
             for name, network in (("grad_norm", policy), ("critic_grad_norm", critic)):
                 norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
-                statistics[name] = norm.item()
-                check_finite(where, **{name: norm.item()})
+                statistics[name] = norm
+            numbers = as_floats(statistics)
+            for name in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
+                check_finite(where, **{name: numbers[name]})
             optimizer.step()
-            history.append(statistics)
+            history.append(numbers)
     return averages(history)
 
 

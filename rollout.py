@@ -273,18 +273,16 @@ class Sampler:
     def _prefill(self, prefixes: list[tuple[int, ...]], slots_of: list[list[int]]):
         """Read each prefix once, and copy its keys and values to the slots that start from it."""
         ids = pad(prefixes)[0].to(self.device)  # (prefixes, longest prefix)
-        read = KVCache(self.policy.cfg, len(ids), ids.shape[1], self.device, self.cache.k.dtype)
-        with autocast(self.device):
-            prefill(self.model, ids, read)
         source, to = [], []
         for row, slots in enumerate(slots_of):
             for slot in slots:
                 source.append(row)
                 to.append(slot)
         source, to = torch.tensor(source, device=self.device), torch.tensor(to, device=self.device)
-        for layer in range(self.policy.cfg.n_layer):  # one by one: temporary copies stay small
-            self.cache.k[layer, to, :, :ids.shape[1]] = read.k[layer, source]
-            self.cache.v[layer, to, :, :ids.shape[1]] = read.v[layer, source]
+        with autocast(self.device):
+            for layer, (k, v) in enumerate(prefill(self.model, ids)):
+                self.cache.k[layer, to, :, :ids.shape[1]] = k[source]
+                self.cache.v[layer, to, :, :ids.shape[1]] = v[source]
 
     def _compact(self, busy: list[int], C: int):
         """Move the busy slots, which hold at most C tokens, to the front."""

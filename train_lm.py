@@ -292,14 +292,16 @@ def distillation_loss(student: GPT, teacher: GPT, prompt: list[int], rows, top: 
     ids, lengths = pad(rows)
     ids, lengths = ids.to(device), lengths.to(device)  # (B, T), (B,)
     is_real = torch.arange(1, ids.shape[1], device=device) < lengths[:, None]  # (B, T - 1)
+    row, column = is_real.nonzero(as_tuple=True)                               # (n,) each
     P = len(prompt)
     prompts = torch.tensor(prompt, device=device).expand(len(rows), P)         # (B, P)
     with autocast(device):
         with torch.no_grad():
-            teacher_hidden = teacher(torch.cat((prompts, ids[:, :-1]), 1))     # (B, P + T - 1, D)
-        teacher_hidden = teacher_hidden[:, P:]  # a row's position t is the teacher's P + t
-        hidden = student(ids[:, :-1])                                          # (B, T - 1, D)
-        return top_kl(student, hidden[is_real], teacher, teacher_hidden[is_real], top).sum()
+            # A row's position t is the teacher's P + t.
+            teacher_ids = torch.cat((prompts, ids[:, :-1]), 1)                 # (B, P + T - 1)
+            teacher_hidden = teacher(teacher_ids, (row, P + column))           # (n, D)
+        hidden = student(ids[:, :-1], (row, column))                           # (n, D)
+        return top_kl(student, hidden, teacher, teacher_hidden, top).sum()
 
 
 def distill(run: Run, cfg: CDConfig):

@@ -75,10 +75,10 @@ def test_memory_by_hand():
         per_token, rest = 2 * 12 * 768 * number, SIZES["gpt2"].n_params() - matrices
         assert sampling_memory(SIZES["gpt2"], 8, 1024, device) == {
             "cache": 8 * 1024 * per_token, "logits": 4 * 8 * 50304 * 4,
-            "prefill": 8192 * (per_token + 5 * 1024 + 14 * 768 * 4),
+            "prefill": 8192 * 14 * 768 * 4,
             "copy": copied * (2 * matrices + 4 * rest)}
     # A row longer than a prefill batch is a batch alone.
-    one_row = 9000 * (2 * 2 * 32 * 4 + 5 * 9000 + 14 * 32 * 4)
+    one_row = 9000 * 14 * 32 * 4
     assert sampling_memory(CFG, 1, 9000)["prefill"] == one_row
 
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from cache import KVCache, forward_cached, prefill
 from helpers import doubled, exact_logits, max_difference, shaken
-from model import GPT, SIZES, GPTConfig, sample, token_entropies, token_logprobs
+from model import GPT, SIZES, GPTConfig, sample, token_logprobs, token_logprobs_and_entropies
 
 CFG = GPTConfig(n_layer=2, n_head=4, d_model=32, vocab_size=61, context=24)
 D, V = CFG.d_model, CFG.vocab_size
@@ -165,7 +165,8 @@ def test_logits_are_float32_under_bf16(gpt):
             assert ((logits.bfloat16() - terms.sum(-1)).abs() > bound).any()  # so it can fail
         targets = torch.zeros(40, dtype=torch.long)
         assert token_logprobs(net, hidden, targets).dtype == torch.float32
-        assert token_entropies(net, hidden).dtype == torch.float32
+        for numbers in token_logprobs_and_entropies(net, hidden, targets):
+            assert numbers.dtype == torch.float32
 
 
 # ---- The cache ---------------------------------------------------------------
@@ -183,7 +184,8 @@ def decode(gpt, prompts, continuations, cache, pad=0, is_prefilled=False):
     columns = list(torch.tensor(continuations).T)
     ids, steps = padded(prompts, pad), []
     if is_prefilled:
-        prefill(gpt, ids[:, :-1], cache)
+        for layer, (k, v) in enumerate(prefill(gpt, ids[:, :-1])):
+            cache.k[layer, :, :, :k.shape[2]], cache.v[layer, :, :, :k.shape[2]] = k, v
         cache.lengths += lengths - 1
         columns = [ids[rows, lengths - 1]] + columns
     else:
@@ -261,7 +263,8 @@ def test_logprobs_and_entropies_equal_the_definition(gpt, temperature, scale):
     hidden, targets = random_states(40, scale)
     logp, entropy = exact(hidden @ gpt.embed.weight.T, targets, temperature)
     assert max_difference(token_logprobs(gpt, hidden, targets, temperature), logp) < 1e-9
-    assert max_difference(token_entropies(gpt, hidden, temperature), entropy) < 1e-9
+    both = token_logprobs_and_entropies(gpt, hidden, targets, temperature)
+    assert max_difference(both[0], logp) < 1e-9 and max_difference(both[1], entropy) < 1e-9
     assert logp.min() < (-1e3 if scale == 5e3 else -1)
 
 
@@ -271,21 +274,25 @@ def test_chunks_change_neither_values_nor_gradients(gpt, max_logits):
     hidden, targets = random_states(40)
     weight = torch.linspace(-1, 2, 40).double()
     results = []
-    for name in ("definition", "chunks"):
+    for name in ("definition", "chunks", "chunks with entropies"):
         net, x = copy.deepcopy(gpt).requires_grad_(), hidden.clone().requires_grad_()
         if name == "definition":
             logp, entropy = exact(x @ net.embed.weight.T, targets, 0.7)
-        else:
+        elif name == "chunks":
             logp = token_logprobs(net, x, targets, 0.7, max_logits)
-            entropy = token_entropies(net, x, 0.7, max_logits)
+        else:
+            logp, entropy = token_logprobs_and_entropies(net, x, targets, 0.7, max_logits)
             assert not entropy.requires_grad
         results.append((logp, entropy, *torch.autograd.grad(weight @ logp, (x, net.embed.weight))))
-    for expected, got in zip(*results):
-        assert max_difference(got, expected) < 1e-9
+    for expected, *both in zip(*results):
+        assert max(max_difference(got, expected) for got in both) < 1e-9
 
 
-def test_chunks_never_hold_all_logits(gpt, monkeypatch):
-    """Neither does the backward pass, which makes the logits of each chunk again."""
+@pytest.mark.parametrize("function", [
+    token_logprobs, lambda *args, **options: token_logprobs_and_entropies(*args, **options)[0]])
+def test_chunks_never_hold_all_logits(gpt, function, monkeypatch):
+    """Neither does the backward pass, which makes the logits of each chunk again. The entropies
+    need no logits of their own."""
     hidden, targets = random_states(100)
     hidden.requires_grad_()
     made, kept, logits = [], [], gpt.logits
@@ -299,17 +306,16 @@ def test_chunks_never_hold_all_logits(gpt, monkeypatch):
         return tensor
     monkeypatch.setattr(gpt, "logits", watched)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        logp = token_logprobs(gpt, hidden, targets, max_logits=V * 10 + 9)
+        logp = function(gpt, hidden, targets, max_logits=V * 10 + 9)
     assert made == [10] * 10 and max(kept, default=0) <= 100 * D
     logp.sum().backward()
     assert made == [10] * 20
-    token_entropies(gpt, hidden, max_logits=V * 10 + 9)
-    assert made == [10] * 30
 
 
 def test_no_tokens_give_no_logprobs(gpt):
     hidden, targets = random_states(0)
-    assert token_logprobs(gpt, hidden, targets).shape == token_entropies(gpt, hidden).shape == (0,)
+    assert token_logprobs(gpt, hidden, targets).shape == (0,)
+    assert [x.shape for x in token_logprobs_and_entropies(gpt, hidden, targets)] == [(0,), (0,)]
 
 
 # ---- Sampling ----------------------------------------------------------------
