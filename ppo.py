@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
+import ranks
 from checks import add_to, averages, check_first_ratio, update_statistics
-from data import batches_by_length
 from model import GPT, token_entropies, token_logprobs
 from pm import ScalarModel, score_rows
 from rollout import Rollouts
@@ -116,11 +116,11 @@ def in_batches(function, ro: Rollouts, token_budget: int):
     Batches hold responses of like length, so short rows are not padded to the longest of all."""
     result = torch.zeros_like(ro.logp)
     budget = tokens_at_once(token_budget, result.device)
-    for batch in batches_by_length(ro.lengths.tolist(), budget):
+    for batch in ranks.own_batches(ro.lengths.tolist(), budget):
         i = torch.tensor(batch, device=result.device)
         with autocast(result.device):
             result[i] = function(i).to(result.dtype)
-    return result
+    return ranks.add_up(result)
 
 
 def shaped_rewards(scores, logp, ref_logp, mask, kl_coef):
@@ -253,6 +253,8 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                 add_to(statistics, sums, n_tokens)
                 if not history:
                     check_first_ratio(logp, old_logp, where)
+            ranks.add_up_gradients(policy, critic)  # several GPUs: see ranks.py
+            statistics = ranks.add_up_numbers(statistics)
             for name, network in (("grad_norm", policy), ("critic_grad_norm", critic)):
                 norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
                 statistics[name] = norm.item()
@@ -266,5 +268,5 @@ def pieces(ro: Rollouts, minibatch, token_budget: int):
     """Yield the indices of a minibatch's responses, in parts that a forward pass can hold."""
     device = ro.tokens.device
     lengths = ro.lengths.cpu()[minibatch].tolist()
-    for part in batches_by_length(lengths, tokens_at_once(token_budget, device)):
+    for part in ranks.own_batches(lengths, tokens_at_once(token_budget, device)):
         yield minibatch[part].to(device)

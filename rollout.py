@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ranks
 from cache import KVCache, forward_cached, prefill
 from data import batches_by_length, pad
 from memory import PREFILL_TOKENS, fitting_slots
@@ -166,8 +167,8 @@ class Sampler:
 
         # Short prompts first, so that prompts prefilled together have similar lengths, and early
         # steps read a short part of the cache.
-        queue = sorted(range(N), key=lengths.__getitem__, reverse=True)  # taken from its end
-        B = min(self.slots, _power_of_two(N))
+        queue = sorted(ranks.share(lengths), key=lengths.__getitem__, reverse=True)  # from its end
+        B = min(self.slots, _power_of_two(len(queue)))
         owner = [self.idle_response] * B  # the response in each slot, as of the last poll
         depth = [0] * B                   # the most tokens that each slot's row can hold by now
         while True:
@@ -353,7 +354,9 @@ class Sampler:
 
     def _collect(self, prompts: list[list[int]], N: int) -> Rollouts:
         """The Rollouts of the N responses, in tensors of their own."""
-        sampled = self.tokens[:N]                                           # (N, R)
+        # Several GPUs: what this rank did not sample is -1, or 0 after adding 1.
+        logp = ranks.add_up(torch.where(self.tokens[:N] >= 0, self.logp[:N], 0))  # (N, R)
+        sampled = ranks.add_up(self.tokens[:N] + 1) - 1                     # (N, R)
         mask = sampled >= 0                                                 # (N, R)
         response_len = mask.sum(1)                                          # (N,)
         last = sampled.gather(1, response_len[:, None] - 1)[:, 0]           # (N,)
@@ -362,7 +365,6 @@ class Sampler:
         tokens = F.pad(tokens, (0, sampled.shape[1]))                       # (N, S)
         at = prompt_len[:, None] + torch.arange(sampled.shape[1], device=self.device)
         tokens.scatter_(1, at, sampled.clamp(min=0))
-        logp = torch.where(mask, self.logp[:N], 0)
         return Rollouts(tokens, prompt_len, response_len, last == self.end_of_turn, logp)
 
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hub
+import ranks
 import toy
 import toy_corpus
 from data import (MIN_PROMPT, Tokenizer, batches_by_length, counts_line, gpt2_tokenizer,
@@ -121,7 +122,7 @@ def row_batches(rows: list[list[int]], device, read_before: int = 0):
     """Yield the rows in batches that fit one forward pass; rows of similar length share a batch.
     `read_before` counts the tokens that the teacher reads before each row."""
     lengths = [read_before + len(row) for row in rows]
-    for piece in batches_by_length(lengths, tokens_at_once(0, device)):
+    for piece in ranks.own_batches(lengths, tokens_at_once(0, device)):
         yield [rows[i] for i in piece]
 
 
@@ -179,6 +180,8 @@ def train(run: Run, cfg: LMConfig):
             partial = lm_loss(model, piece, device) / n_tokens
             partial.backward()
             loss += partial.item()
+        ranks.add_up_gradients(model)
+        loss = sum(ranks.gather(loss))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         check_finite(f"LM step {step}", loss=loss, gradient=norm.item())
         optimizer.step()
@@ -207,13 +210,13 @@ def mean_loss(model: GPT, rows: list[list[int]], device) -> float:
     total = 0.0
     for piece in row_batches(rows, device):
         total += lm_loss(model, piece, device).item()
-    return total / n_targets(rows)
+    return sum(ranks.gather(total)) / n_targets(rows)
 
 
 def use_pretrained(run: Run, stage):
     """Stage 1 with --init: keep GPT-2's weights as they are. As in HH (§1.3), no stage finetunes on
     demonstrations."""
-    path = hub.gpt2_weights(run.cfg.init)
+    path = ranks.first_alone(hub.gpt2_weights, run.cfg.init)
     tok = gpt2_tokenizer()
     model = hub.load_gpt2(path, tok.n_vocab, run.context)
     run.shape = model.cfg
@@ -335,6 +338,8 @@ def distill(run: Run, cfg: CDConfig):
             loss = distillation_loss(student, teacher, prompt, piece, cfg.top, device) / n_tokens
             loss.backward()
             kl += loss.item()
+        ranks.add_up_gradients(student)
+        kl = sum(ranks.gather(kl))
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
         check_finite(f"distillation step {step}", loss=kl, gradient=norm.item())
         optimizer.step()
@@ -386,7 +391,7 @@ def mean_kl(student: GPT, teacher: GPT, prompt: list[int], rows, top: int, devic
     total = 0.0
     for piece in row_batches(rows, device, read_before=len(prompt)):
         total += distillation_loss(student, teacher, prompt, piece, top, device).item()
-    return total / n_targets(rows)
+    return sum(ranks.gather(total)) / n_targets(rows)
 
 
 def behavior(run: Run, model: GPT, header: str = "", n: int = 600, max_response: int = 32) -> dict:
