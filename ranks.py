@@ -233,8 +233,9 @@ def is_first_to_fail(store: dist.Store) -> bool:
 
 
 def explain_to_torchrun(error: BaseException):
-    """torchrun closes with a long report. Have it end with the sentence, too."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    """torchrun closes with a long report of its own. Have it end with the sentence, too."""
+    path, text = os.environ.get("TORCHELASTIC_ERROR_FILE"), f"{type(error).__name__}: {error}"
     if path:
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError), open(path, "w") as file:
-            json.dump({"message": f"{type(error).__name__}: {error}"}, file)
+            json.dump({"message": {"message": text, "extraInfo": details}}, file)

@@ -91,13 +91,11 @@ def corpus(run: Run, n: int, split: str, stage: str) -> list[str]:
 
 
 def encode(tok: Tokenizer, texts: list[str], longest: int) -> tuple[list[list[int]], int]:
-    """Rows of ids, cut to `longest` tokens, and how many were cut. A row of one token predicts
-    nothing and is left out."""
+    """Rows of ids, cut to `longest` tokens, and how many were cut. Rows of 1 token are dropped."""
     rows, n_cut = [], 0
     for text in progress(texts, "encode", "docs"):
         ids = tok.encode_dialogue(text)
-        if len(ids) > longest:
-            n_cut += 1
+        n_cut += len(ids) > longest
         if len(ids) > 1:
             rows.append(ids[:longest])
     return rows, n_cut
@@ -149,8 +147,7 @@ def train(run: Run, cfg: LMConfig):
     if run.cfg.init:
         use_pretrained(run, stage)
         return
-    device = run.device
-    texts = corpus(run, cfg.documents, "train", "lm")
+    device, texts = run.device, corpus(run, cfg.documents, "train", "lm")
     test_texts = corpus(run, min(cfg.documents, 500), "test", "lm")
     if stage.state is not None:  # the saved weights belong to the saved tokenizer
         run.load_tokenizer()
@@ -318,8 +315,7 @@ def distill(run: Run, cfg: CDConfig):
     prompt = distilled_prompt(run)
     room = run.context - len(prompt)
     rows, n_cut = encode(run.tok, corpus(run, cfg.documents, "train", "cd"), room)
-    test_texts = corpus(run, min(cfg.documents, 500), "test", "cd")
-    test_rows, _ = encode(run.tok, test_texts, room)
+    test_rows, _ = encode(run.tok, corpus(run, min(cfg.documents, 500), "test", "cd"), room)
     order = torch.randperm(len(rows), generator=run.torch_rng("cd batches"))
     batches = order.split(cfg.batch)
     student = run.prepare(copy.deepcopy(teacher))
