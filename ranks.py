@@ -140,9 +140,8 @@ def others_are_there():
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise TrainingError("another process has ended, or has not answered for an hour; --resume "
-                            f"continues from the last checkpoint ({first_sentence(error)})"
-                            ) from None
+        raise TrainingError("another process has ended, or does not answer; --resume continues "
+                            "from the last checkpoint") from None
 
 
 # ---- 3. Command --------------------------------------------------------------

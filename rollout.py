@@ -250,7 +250,8 @@ class Sampler:
             if self.graphs:
                 pool = next(iter(self.graphs.values())).pool()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # thread_local: with several GPUs, a thread of NCCL's polls this one now and then.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step(B, C)  # recorded, not executed
             self.graphs[B, C] = graph
             graph.replay()
@@ -320,7 +321,8 @@ class Sampler:
         cache_dtype = dtype
         if compute_dtype(device) == torch.bfloat16:
             cache_dtype = torch.bfloat16
-        B = min(self.wanted_slots or fitting_slots(cfg, size, device), _power_of_two(N))
+        n_own = -(-N // ranks.n_ranks())  # responses that this rank samples, at most
+        B = min(self.wanted_slots or fitting_slots(cfg, size, device), _power_of_two(n_own))
         self.slots = B
         self.cache = KVCache(cfg, B, size, device, cache_dtype)
         # Per slot: the response it works on, the token to read next, the tokens sampled so far.

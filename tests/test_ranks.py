@@ -13,19 +13,23 @@ from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
-import conftest  # which also makes the project importable
+from conftest import ROOT  # which also makes the project importable
 import pytest
 import torch
 import torch.distributed as dist
 
 import memory
-import pipeline
 import ranks
-from model import GPTConfig
+from helpers import CFG, END, R, random_prompts, random_uniforms, shaken
+from model import GPT, GPTConfig
 from pipeline import RunConfig
-from run import TrainingError, UserError, check_finite, errors_in_one_sentence, is_first, load
+from pm import ScalarModel, score_rows
+from ppo import PPOConfig, all_logprobs, response_logprobs
+from rollout import Sampler
+from run import (TrainingError, UserError, check_finite, errors_in_one_sentence, is_first, load,
+                 write_atomically)
 from stage import Folder
-from test_commands import SCRIPTS, execute
+from test_commands import execute
 from test_run import Killed
 from train_rl import Learner
 
@@ -68,10 +72,41 @@ def train_and_resume(folder: Path):
         train(folder / "two")
         interrupt_rl(folder / "two", folder / "begun by two")
         train(folder / "begun by one", "--resume")
-    check_agreement(folder)
 
 
-def check_agreement(folder: Path):
+def work_and_agree(folder: Path):
+    """Then rank 1 dies, as by kill -9: without a word."""
+    print("one voice")
+    for n in (1, 5):  # of one row, rank 1 has no share
+        parts = work(n)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "n_ranks", lambda: 1)
+            expected = work(n)
+        for found, wanted in zip(parts, expected):
+            assert found.shape == wanted.shape and found.dtype == wanted.dtype
+            assert (found.double() - wanted.double()).abs().max() < 1e-9
+    agree(folder)
+    if not is_first():
+        os._exit(9)
+
+
+def work(n: int) -> list:
+    """What the ranks compute by shares: n responses, log-probs, scores, a gradient."""
+    torch.manual_seed(0)
+    policy, pm = shaken(GPT(CFG), 1, size=4), ScalarModel(shaken(GPT(CFG), 2, size=4))
+    sampler = Sampler(policy, END)
+    ro = sampler(random_prompts(7, 5), random_uniforms(7, R, 5))  # leaves traces in the buffers
+    ro = sampler(random_prompts(n, 3), random_uniforms(n, R, 3))
+    parts = list(vars(ro).values())
+    parts.append(all_logprobs(policy, ro, PPOConfig(token_budget=40)))
+    parts.append(score_rows(pm, random_prompts(n, 4), token_budget=40))
+    for batch in ranks.own_batches(ro.lengths.tolist(), 40):
+        response_logprobs(policy, ro, torch.tensor(batch)).sum().backward()
+    ranks.add_up_gradients(policy)
+    return parts + [parameter.grad for parameter in policy.parameters()]
+
+
+def agree(folder: Path):
     rank, path = dist.get_rank(), folder / "download"
     assert ranks.gather(rank) == [0, 1] and is_first() == (rank == 0)
     assert (ranks.add_up(torch.tensor([rank, 5])) == torch.tensor([1, 10])).all()
@@ -83,6 +118,8 @@ def check_agreement(folder: Path):
         path.touch()
         return was_there
     assert ranks.first_alone(download) == (rank == 1)
+    write_atomically(folder / f"of rank {rank}", b"")
+    assert ranks.gather((folder / f"of rank {rank}").exists()) == [True, False]
     with pytest.raises(UserError, match="same options: --seed is . in one and . in process .$"):
         ranks.check_same({"run": RunConfig(seed=rank)})
     net = torch.nn.Linear(1, 1)
@@ -115,11 +152,6 @@ def meet_nan(folder: Path):
         net.weight.data += sum(ranks.gather(loss)) / 2
 
 
-def die(folder: Path):
-    if not is_first():
-        os._exit(9)  # as kill -9 would: without a word
-
-
 # ---- 2. Starting them --------------------------------------------------------
 
 
@@ -133,7 +165,7 @@ def start(action: str, folder: Path) -> list[Result]:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
             "TORCHELASTIC_USE_AGENT_STORE": "True"}
         processes.append(subprocess.Popen([sys.executable, __file__, action, folder], text=True,
-                                          env=environment, stdout=subprocess.PIPE,
+                                          cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                                           stderr=subprocess.PIPE))
     results = []
     try:
@@ -242,14 +274,17 @@ def test_nan_on_one_rank_ends_all_with_one_sentence(tmp_path):
     sentence = "toy step 3: the loss is nan; the last good checkpoint is kept"
     assert result.code == 1 and result.err.count(sentence) == 2, result.err
     assert result.err.splitlines().count(f"test_ranks.py: {sentence}") == 1
+    assert "another process" not in result.err
     assert result.err.index("test_ranks.py: ") < result.err.index("Traceback")  # torchrun's own
     state = load(tmp_path / "toy_state.pt")
     assert state["step"] == 2 and state["parts"]["net"]["weight"].item() == 2
 
 
-def test_a_rank_that_dies_ends_the_others(tmp_path):
-    first, other = start("die", tmp_path)
-    assert (first.code, other.code) == (2, 9) and other.out == other.err == ""
+def test_ranks_do_their_shares_until_one_dies(tmp_path):
+    """It takes some seconds to import torch twice."""
+    first, other = start("work_and_agree", tmp_path)
+    assert (first.code, other.code) == (2, 9), first.err + other.err
+    assert (first.out, other.out, other.err) == ("one voice\n", "", "")
     assert len(first.err.splitlines()) == 1, first.err
     assert first.err.startswith("test_ranks.py: another process has ended")
 
@@ -305,7 +340,6 @@ def test_ranks_share_the_memory_of_a_cpu(monkeypatch):
 
 
 if __name__ == "__main__":
-    assert SCRIPTS and conftest.ROOT and pipeline
     torch.set_default_dtype(torch.float64)
     with errors_in_one_sentence():
         ranks.together(lambda run: globals()[sys.argv[1]](Path(sys.argv[2])))(run=RunConfig())
