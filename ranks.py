@@ -12,9 +12,9 @@ N ranks make the same run as one, up to rounding, for any N and any size of a ba
 may continue with another N. Only rank 0 writes files and prints (run.is_first).
 
 Read it in this order:
-  1. Work      a rank's share, and sums over the ranks
-  2. Agreement ranks wait for each other, and must not drift apart
-  3. Command   how the processes find each other, and fail as one
+  1. Work       a rank's share, and sums over the ranks
+  2. Agreement  ranks wait for each other, and must not drift apart
+  3. Command    how the processes find each other, and fail as one
 
 torch.distributed does the work, with NCCL between GPUs and gloo between CPUs.
 """
@@ -33,8 +33,8 @@ import torch.distributed as dist
 
 from data import batches_by_length
 
-# A rank that ends is noticed at once. This is for one that hangs: the others must also wait while
-# rank 0 downloads or writes a large file.
+# The ranks notice at once when one has ended. This is how long they wait for one that hangs, or
+# for rank 0 while it downloads or writes a large file.
 TIMEOUT = timedelta(hours=1)
 
 # ---- 1. Work -----------------------------------------------------------------
@@ -62,8 +62,8 @@ def own_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
 
 
 def add_up(tensor):
-    """The sum of the ranks' tensors, on every rank. Where each rank has filled in the entries of
-    its own share and left zeros elsewhere, the sum puts the shares together without rounding."""
+    """Replace a tensor by the sum of the ranks' tensors, and return it. Where each rank has filled
+    in its own share and left zeros elsewhere, this puts the shares together without rounding."""
     if n_ranks() > 1:
         with others_are_there():
             dist.all_reduce(tensor)
@@ -138,7 +138,7 @@ def others_are_there():
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error):  # on this rank
             raise
         raise TrainingError("another process has ended, or does not answer; --resume continues "
                             "from the last checkpoint") from None
@@ -174,8 +174,8 @@ def together(command):
     return on_every_rank
 
 
-def join() -> dist.Store:
-    """Meet the other processes. Returns the store through which they can also talk."""
+def join():
+    """Meet the other processes. Returns torch's key-value store, which they all can reach."""
     if not dist.is_available() or not dist.is_gloo_available():
         raise UserError("this PyTorch cannot connect processes (it lacks gloo): leave out torchrun")
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
@@ -197,9 +197,9 @@ def check_same(options: dict):
             named[flag(f"{prefix}.{name}")] = value
     for rank, others in enumerate(gather(named)):
         for name, value in named.items():
-            if others[name] != value:
+            if others.get(name) != value:
                 raise UserError(f"all processes need the same options: {name} is {value!r} in one "
-                                f"and {others[name]!r} in process {rank}")
+                                f"and {others.get(name)!r} in process {rank}")
 
 
 def device(name: str) -> str:
@@ -215,7 +215,7 @@ def device(name: str) -> str:
     n_gpus = torch.cuda.device_count()
     if n_on_machine() > n_gpus:
         raise UserError(f"torchrun started {n_on_machine()} processes on a machine with {n_gpus} "
-                        f"GPUs: --nproc-per-node must not be larger")
+                        "GPUs: use a smaller --nproc-per-node, or --device cpu")
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
@@ -224,7 +224,7 @@ def n_on_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", n_ranks())) if n_ranks() > 1 else 1
 
 
-def is_first_to_fail(store: dist.Store) -> bool:
+def is_first_to_fail(store) -> bool:
     try:
         return store.add("failures", 1) == 1
     except RuntimeError:  # the store is gone, and with it whoever could have said why

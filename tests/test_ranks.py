@@ -170,7 +170,7 @@ def start(action: str, folder: Path) -> list[Result]:
     results = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=280)  # a bug may make them wait for ever
+            out, err = process.communicate(timeout=1500)  # a bug may make them wait
             results.append(Result(process.returncode, out, err))
     finally:
         for process in processes:
@@ -181,7 +181,7 @@ def start(action: str, folder: Path) -> list[Result]:
 def with_torchrun(action: str, folder: Path) -> Result:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", __file__, action, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
