@@ -157,7 +157,8 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], uniforms,
                  limits: list[int] | None = None) -> Rollouts:
-        """`plain_rollout` with the policy given at construction: the same responses."""
+        """`plain_rollout` with the policy given at construction: the same responses. Of several
+        processes (ranks.py) each samples its share, and each gets all the responses."""
         N, R = uniforms.shape
         self._check(prompts, R)
         lengths = [len(prompt) for prompt in prompts]
@@ -356,7 +357,7 @@ class Sampler:
 
     def _collect(self, prompts: list[list[int]], N: int) -> Rollouts:
         """The Rollouts of the N responses, in tensors of their own."""
-        # Several GPUs: what this rank did not sample is -1, or 0 after adding 1.
+        # What this process did not sample has the id -1: 0 after adding 1, as `add_up` needs it.
         logp = ranks.add_up(torch.where(self.tokens[:N] >= 0, self.logp[:N], 0))  # (N, R)
         sampled = ranks.add_up(self.tokens[:N] + 1) - 1                     # (N, R)
         mask = sampled >= 0                                                 # (N, R)

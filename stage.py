@@ -20,7 +20,8 @@ stage starts over.
 
 No run resumes from NaN. Only the next step shows that an update has led to NaN, so a new state
 waits in <stage>_state.next.pt until that step is done. After the last step the stage must check
-what it measures (run.check_finite) before it calls `end`. Read the file in this order:
+what it measures (run.check_finite) before it calls `end`. Several processes (ranks.py) run all this
+together, and only the first one writes. Read the file in this order:
   1. Folder  which result depends on which, and whether a result can be used
   2. Stage   its methods, in the order in which they run
 """
