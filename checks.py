@@ -129,6 +129,8 @@ def add_to(totals: dict, sums: dict, n_tokens: int):
 def as_floats(statistics: dict) -> dict:
     """Tensors to floats, with one question to the device for all of them: a GPU that is asked has
     to finish its work first."""
+    if not statistics:
+        return {}
     return dict(zip(statistics, torch.stack(list(statistics.values())).tolist()))
 
 

@@ -158,15 +158,15 @@ TITLES = {
 }
 
 
-def table(before: dict, after: dict, names=("initial policy", "RLHF policy")) -> str:
-    lines = [f"    {'held-out prompts':38} {names[0]:>14} {names[1]:>13}"]
+def table(*columns: dict, names=("initial policy", "RLHF policy")) -> str:
+    """One column of numbers for each model, in the order of `names`."""
+    lines = [f"    {'held-out prompts':38}" + "".join(f"{name:>15}" for name in names)]
     for key, title in TITLES.items():
-        if key not in before:
-            continue
+        numbers = [column[key] for column in columns if key in column]
         # No prompts of this kind: real data may lack red-team prompts, for example.
-        is_missing = math.isnan(before[key]) and math.isnan(after[key])
+        is_missing = all(math.isnan(number) for number in numbers)
         if not is_missing:
-            lines.append(f"    {title:38} {before[key]:14.3f} {after[key]:13.3f}")
+            lines.append(f"    {title:38}" + "".join(f"{number:15.3f}" for number in numbers))
     return "\n".join(lines)
 
 

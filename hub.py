@@ -242,7 +242,7 @@ def check_export(folder):
             f"{folder} holds a config.json that is not a GPT-2's: export to a folder of its own")
     trial = folder / "config.json.tmp"
     write_atomically(trial, b"")
-    trial.unlink()
+    trial.unlink(missing_ok=True)  # only the first of several processes writes
 
 
 def can_export_to(folder: Path) -> bool:

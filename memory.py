@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import ranks
 from model import GPTConfig
 from run import UserError, compute_dtype, logits_at_once, tokens_at_once
 
@@ -77,8 +78,10 @@ def sampling_memory(cfg: GPTConfig, slots: int, size: int, device="cpu") -> dict
 def fitting_slots(cfg: GPTConfig, size: int, device="cpu", budget: float = 0.0) -> int:
     """Return the largest power of two, at most MOST_SLOTS, whose memory fits into `budget` bytes
     (0: half of what is free). Raises UserError if not even one slot fits."""
-    budget = budget or free_memory(device) / 2
-    slots = MOST_SLOTS["cpu" if torch.device(device).type == "cpu" else "gpu"]
+    on_cpu = torch.device(device).type == "cpu"
+    sharers = ranks.n_on_machine() if on_cpu else 1  # each rank has a GPU of its own
+    budget = budget or free_memory(device) / 2 / sharers
+    slots = MOST_SLOTS["cpu" if on_cpu else "gpu"]
     while slots > 1 and sum(sampling_memory(cfg, slots, size, device).values()) > budget:
         slots //= 2
     needed = sum(sampling_memory(cfg, slots, size, device).values())
@@ -137,13 +140,16 @@ def check_stage(name: str, cfg: GPTConfig, stage: StageMemory, recompute: bool, 
     if stage.slots:
         # One token a slot, at least: how long prompts and responses are is not known yet.
         parts["cache"] = sampling_memory(cfg, stage.slots, size=1, device=device)["cache"]
-    # The state is put together on the CPU before it is written: weights and Adam's two moments.
+    # Several ranks share the CPU's memory. Rank 0 puts the state together there before it is
+    # written: weights and Adam's two moments.
+    n = ranks.n_on_machine()
     on_cpu = {"state to be saved": 12 * cfg.n_params() * stage.n_trained,
-              "data": stage.n_rows * ROW_BYTES}
+              "data": n * stage.n_rows * ROW_BYTES}
     if torch.device(device).type == "cuda":
         check_free(name, parts, device)
         check_free(name, on_cpu, "cpu")
     else:  # a Mac's GPU shares its memory with the CPU
+        parts = {part: n * size for part, size in parts.items()}
         check_free(name, parts | on_cpu, device)
 
 

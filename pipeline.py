@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hub
+import ranks
 from data import MIN_PROMPT, Tokenizer
 from memory import StageMemory, check_stage
 from model import GPT, SIZES, GPTConfig
@@ -91,7 +92,7 @@ PRESETS = {
 
 def main(command, description: str, **configs):
     """Parse the options of the stages in `configs` and run a command."""
-    run_command(command, description, configs, presets=PRESETS, **RULES)
+    run_command(ranks.together(command), description, configs, presets=PRESETS, **RULES)
 
 
 # ---- 3. Run ------------------------------------------------------------------
@@ -104,14 +105,16 @@ class Run(Folder):
         """can_export: whether this command trains a policy that --export can write. Raises
         UserError for options that contradict each other or have unknown values."""
         check_choices(cfg, can_export)
-        self.cfg, self.device = cfg, choose_device(cfg.device, cfg.precision)
+        self.cfg, self.device = cfg, choose_device(ranks.device(cfg.device), cfg.precision)
         self.toy = cfg.data == "toy"
         self.subsets = [name.strip() for name in cfg.subsets.split(",") if name.strip()] or None
         self.context = cfg.context or (SIZES[cfg.size].context if self.toy else 512)
         if self.context < MIN_PROMPT:
             raise UserError(f"--context {self.context} is too short for a dialogue: at least "
                             f"{MIN_PROMPT}")
-        self.data = None if self.toy else hub.resolve_data(cfg.data)  # may download it
+        self.data = None
+        if not self.toy:
+            self.data = ranks.first_alone(hub.resolve_data, cfg.data)  # may download it
         self.tok: Tokenizer | None = None    # set by `use_tokenizer`
         self.checks = []                     # functions that `use_tokenizer` calls
         self.shape: GPTConfig | None = None  # of the models; set only with --init

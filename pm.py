@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Comparison, batches_by_length, pad
+import ranks
+from data import Comparison, pad
 from model import GPT, at_least_float32
 from run import autocast, tokens_at_once
 
@@ -63,13 +64,13 @@ def score_rows(pm: ScalarModel, rows: list[list[int]], token_budget: int = 0, de
     """Score rows of ids that end with the end-of-context token -> one score per row, on the CPU.
 
     RL uses this same function, on the ids that it sampled."""
-    scores = torch.empty(len(rows), dtype=pm.head.weight.dtype)
+    scores = torch.zeros(len(rows), dtype=pm.head.weight.dtype)
     lengths = [len(row) for row in rows]
-    for batch in batches_by_length(lengths, tokens_at_once(token_budget, device)):
+    for batch in ranks.own_batches(lengths, tokens_at_once(token_budget, device)):
         ids, n_tokens = pad([rows[i] for i in batch])  # (B, T), (B,)
         with autocast(device):
             scores[batch] = pm.score(ids.to(device), n_tokens.to(device)).cpu()
-    return scores
+    return ranks.add_up(scores)
 
 
 def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
+import ranks
 from checks import add_to, as_floats, averages, check_first_ratio, update_statistics
-from data import batches_by_length
 from model import GPT, token_logprobs, token_logprobs_and_entropies
 from pm import ScalarModel, score_rows
 from rollout import Rollouts
@@ -113,12 +113,12 @@ def in_batches(function, ro: Rollouts, token_budget: int):
     these numbers, and autograd refuses tensors made in that mode.)"""
     result = torch.zeros_like(ro.logp)
     budget = tokens_at_once(token_budget, result.device)
-    for batch in batches_by_length(ro.lengths.tolist(), budget):
+    for batch in ranks.own_batches(ro.lengths.tolist(), budget):
         i = torch.tensor(batch, device=result.device)
         row, t = tokens_at(ro, i)
         with autocast(result.device):
             result[i[row], t] = function(i).to(result.dtype)
-    return result
+    return ranks.add_up(result)
 
 
 def shaped_rewards(scores, logp, ref_logp, mask, kl_coef):
@@ -250,10 +250,12 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                 add_to(statistics, sums, n_tokens)
                 if not history:
                     check_first_ratio(logp, old_logp, where)
+            ranks.add_up_gradients(policy, critic)  # several GPUs: see ranks.py
+            norms = {}
             for name, network in (("grad_norm", policy), ("critic_grad_norm", critic)):
                 norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
-                statistics[name] = norm
-            numbers = as_floats(statistics)
+                norms[name] = norm
+            numbers = ranks.add_up_numbers(as_floats(statistics)) | as_floats(norms)
             for name in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
                 check_finite(where, **{name: numbers[name]})
             optimizer.step()
@@ -265,5 +267,5 @@ def pieces(ro: Rollouts, minibatch, token_budget: int):
     """Yield the indices of a minibatch's responses, in parts that a forward pass can hold."""
     device = ro.tokens.device
     lengths = ro.lengths.cpu()[minibatch].tolist()
-    for part in batches_by_length(lengths, tokens_at_once(token_budget, device)):
+    for part in ranks.own_batches(lengths, tokens_at_once(token_budget, device)):
         yield minibatch[part].to(device)

@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ranks
 from cache import KVCache, forward_cached, prefill
 from data import batches_by_length, pad
 from memory import PREFILL_TOKENS, fitting_slots
@@ -156,7 +157,8 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], uniforms,
                  limits: list[int] | None = None) -> Rollouts:
-        """`plain_rollout` with the policy given at construction: the same responses."""
+        """`plain_rollout` with the policy given at construction: the same responses. Of several
+        processes (ranks.py) each samples its share, and each gets all the responses."""
         N, R = uniforms.shape
         self._check(prompts, R)
         lengths = [len(prompt) for prompt in prompts]
@@ -166,8 +168,8 @@ class Sampler:
 
         # Short prompts first, so that prompts prefilled together have similar lengths, and early
         # steps read a short part of the cache.
-        queue = sorted(range(N), key=lengths.__getitem__, reverse=True)  # taken from its end
-        B = min(self.slots, _power_of_two(N))
+        queue = sorted(ranks.share(lengths), key=lengths.__getitem__, reverse=True)  # from its end
+        B = min(self.slots, _power_of_two(len(queue)))
         owner = [self.idle_response] * B  # the response in each slot, as of the last poll
         depth = [0] * B                   # the most tokens that each slot's row can hold by now
         while True:
@@ -249,7 +251,8 @@ class Sampler:
             if self.graphs:
                 pool = next(iter(self.graphs.values())).pool()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # thread_local: with several GPUs, a thread of NCCL's polls this one now and then.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step(B, C)  # recorded, not executed
             self.graphs[B, C] = graph
             graph.replay()
@@ -317,7 +320,8 @@ class Sampler:
         cache_dtype = dtype
         if compute_dtype(device) == torch.bfloat16:
             cache_dtype = torch.bfloat16
-        B = min(self.wanted_slots or fitting_slots(cfg, size, device), _power_of_two(N))
+        n_own = -(-N // ranks.n_ranks())  # responses that this rank samples, at most
+        B = min(self.wanted_slots or fitting_slots(cfg, size, device), _power_of_two(n_own))
         self.slots = B
         self.cache = KVCache(cfg, B, size, device, cache_dtype)
         # Per slot: the response it works on, the token to read next, the tokens sampled so far.
@@ -351,7 +355,9 @@ class Sampler:
 
     def _collect(self, prompts: list[list[int]], N: int) -> Rollouts:
         """The Rollouts of the N responses, in tensors of their own."""
-        sampled = self.tokens[:N]                                           # (N, R)
+        # What this process did not sample has the id -1: 0 after adding 1, as `add_up` needs it.
+        logp = ranks.add_up(torch.where(self.tokens[:N] >= 0, self.logp[:N], 0))  # (N, R)
+        sampled = ranks.add_up(self.tokens[:N] + 1) - 1                     # (N, R)
         mask = sampled >= 0                                                 # (N, R)
         response_len = mask.sum(1)                                          # (N,)
         last = sampled.gather(1, response_len[:, None] - 1)[:, 0]           # (N,)
@@ -360,7 +366,6 @@ class Sampler:
         tokens = F.pad(tokens, (0, sampled.shape[1]))                       # (N, S)
         at = prompt_len[:, None] + torch.arange(sampled.shape[1], device=self.device)
         tokens.scatter_(1, at, sampled.clamp(min=0))
-        logp = torch.where(mask, self.logp[:N], 0)
         return Rollouts(tokens, prompt_len, response_len, last == self.end_of_turn, logp)
 
 

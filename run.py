@@ -38,6 +38,7 @@ sys.excepthook = _hide_traceback_of_ctrl_c  # before the import of torch, which 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 # ---- 1. Errors ---------------------------------------------------------------
@@ -295,9 +296,16 @@ def progress(items, what: str, unit: str):
 # ---- 5. Checkpoints ----------------------------------------------------------
 
 
+def is_first() -> bool:
+    """Whether this process writes: the first of several (ranks.py), or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def write_atomically(path, data: bytes):
     """Replace `path` by `data` in one step: readers see the old file or the whole new one. The
     bytes go to a temporary name first; renaming within a folder is a single step."""
+    if not is_first():
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -312,6 +320,8 @@ def write_atomically(path, data: bytes):
 
 def save(path: Path, **content):
     """Write a checkpoint. If this fails or is killed, the old file stays intact."""
+    if not is_first():
+        return
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, buffer.getbuffer())

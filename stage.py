@@ -20,7 +20,8 @@ stage starts over.
 
 No run resumes from NaN. Only the next step shows that an update has led to NaN, so a new state
 waits in <stage>_state.next.pt until that step is done. After the last step the stage must check
-what it measures (run.check_finite) before it calls `end`. Read the file in this order:
+what it measures (run.check_finite) before it calls `end`. Several processes (ranks.py) run all this
+together, and only the first one writes. Read the file in this order:
   1. Folder  which result depends on which, and whether a result can be used
   2. Stage   its methods, in the order in which they run
 """
@@ -35,8 +36,9 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from run import (UserError, file_hash, first_sentence, flag, is_out_of_memory, load, read_text, rng,
-                 save, torch_rng, write_atomically)
+import ranks
+from run import (UserError, file_hash, first_sentence, flag, is_first, is_out_of_memory, load,
+                 read_text, rng, save, torch_rng, write_atomically)
 
 try:
     import fcntl
@@ -115,7 +117,7 @@ class Folder:
         """Keep other processes from training in this folder until this one ends. Raises UserError
         if one already does."""
         folder = self.out.resolve()
-        if folder in _locks or fcntl is None:
+        if folder in _locks or fcntl is None or not is_first():
             return
         try:
             file = open(self.path(".lock"), "w")
@@ -229,6 +231,7 @@ class Stage:
     def record(self):
         """Write this stage's options to config.json, and an empty state, which marks an older
         result as stale. `start` calls it; the toy's PM calls it earlier, before sampling."""
+        ranks.wait()  # until all have read the folder as it was
         try:
             self.folder.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -276,7 +279,7 @@ class Stage:
                     self._save_next_state(step)
                 yield step, items[step]
                 if is_saved:
-                    os.replace(self.next_state_path, self.state_path)
+                    self._adopt_next_state()
                 self.bar.update()
         self.bar = None
 
@@ -284,6 +287,9 @@ class Stage:
         """Append a line to metrics.jsonl, at every `every`-th step and at the last one.
         On one machine, all numbers but `seconds` repeat exactly."""
         if step % every != 0 and step != self.n_steps - 1:
+            return
+        self.n_lines += 1
+        if not is_first():
             return
         line = {"stage": self.name, "step": step}
         for name, number in numbers.items():
@@ -294,21 +300,30 @@ class Stage:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.metrics_path}: {error.strerror}") from None
-        self.n_lines += 1
         if self.bar is not None and every > 1:  # a stage that logs each step prints lines instead
             self.bar.set_postfix(numbers)
 
     def end(self, **content):
         """Write the result, and delete the state."""
+        ranks.check_equal(self.parts)
         save(self.result, **content, parents=self.parent_hash)
-        self.state_path.unlink(missing_ok=True)
-        self.next_state_path.unlink(missing_ok=True)  # left by an attempt that failed
+        if is_first():
+            self.state_path.unlink(missing_ok=True)
+            self.next_state_path.unlink(missing_ok=True)  # left by an attempt that failed
+        ranks.wait()  # from here on all can read the result
         print(f"    -> {self.result}  ({time.perf_counter() - self.clock:.0f} s)")
 
     def _save_next_state(self, step: int):
+        ranks.check_equal(self.parts)
+        if not is_first():
+            return
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save(self.next_state_path, stage=self.name, parents=self.parent_hash, step=step,
              lines=self.n_lines, parts=parts)
+
+    def _adopt_next_state(self):
+        if is_first():
+            os.replace(self.next_state_path, self.state_path)
 
     def _trim_metrics(self):
         """Drop the lines that this stage wrote after its last saved state (all, if it starts

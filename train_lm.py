@@ -32,10 +32,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hub
+import ranks
 import toy
 import toy_corpus
 from data import (MIN_PROMPT, Tokenizer, batches_by_length, counts_line, gpt2_tokenizer,
                   load_comparisons, pad, train_bpe)
+from evaluate import table
 from model import GPT, token_logprobs
 from muon import Muon
 from pipeline import Run, RunConfig, main
@@ -121,7 +123,7 @@ def row_batches(rows: list[list[int]], device, read_before: int = 0):
     """Yield the rows in batches that fit one forward pass; rows of similar length share a batch.
     `read_before` counts the tokens that the teacher reads before each row."""
     lengths = [read_before + len(row) for row in rows]
-    for piece in batches_by_length(lengths, tokens_at_once(0, device)):
+    for piece in ranks.own_batches(lengths, tokens_at_once(0, device)):
         yield [rows[i] for i in piece]
 
 
@@ -179,6 +181,8 @@ def train(run: Run, cfg: LMConfig):
             partial = lm_loss(model, piece, device) / n_tokens
             partial.backward()
             loss += partial.item()
+        ranks.add_up_gradients(model)
+        loss = sum(ranks.gather(loss))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         check_finite(f"LM step {step}", loss=loss, gradient=norm.item())
         muon.step()
@@ -208,13 +212,13 @@ def mean_loss(model: GPT, rows: list[list[int]], device) -> float:
     total = 0.0
     for piece in row_batches(rows, device):
         total += lm_loss(model, piece, device).item()
-    return total / n_targets(rows)
+    return sum(ranks.gather(total)) / n_targets(rows)
 
 
 def use_pretrained(run: Run, stage):
     """Stage 1 with --init: keep GPT-2's weights as they are. As in HH (§1.3), no stage finetunes on
     demonstrations."""
-    path = hub.gpt2_weights(run.cfg.init)
+    path = ranks.first_alone(hub.gpt2_weights, run.cfg.init)
     tok = gpt2_tokenizer()
     model = hub.load_gpt2(path, tok.n_vocab, run.context)
     run.shape = model.cfg
@@ -318,8 +322,7 @@ def distill(run: Run, cfg: CDConfig):
     prompt = distilled_prompt(run)
     room = run.context - len(prompt)
     rows, n_cut = encode(run.tok, corpus(run, cfg.documents, "train", "cd"), room)
-    test_texts = corpus(run, min(cfg.documents, 500), "test", "cd")
-    test_rows, _ = encode(run.tok, test_texts, room)
+    test_rows, _ = encode(run.tok, corpus(run, min(cfg.documents, 500), "test", "cd"), room)
     order = torch.randperm(len(rows), generator=run.torch_rng("cd batches"))
     batches = order.split(cfg.batch)
     student = run.prepare(copy.deepcopy(teacher))
@@ -338,6 +341,8 @@ def distill(run: Run, cfg: CDConfig):
             loss = distillation_loss(student, teacher, prompt, piece, cfg.top, device) / n_tokens
             loss.backward()
             kl += loss.item()
+        ranks.add_up_gradients(student)
+        kl = sum(ranks.gather(kl))
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
         check_finite(f"distillation step {step}", loss=kl, gradient=norm.item())
         optimizer.step()
@@ -360,7 +365,7 @@ def measure(run: Run, student: GPT, teacher: GPT, prompt: list[int], rows, top: 
         columns = {"LM": behavior(run, teacher),
                    "LM, prompted": behavior(run, teacher, toy_corpus.HHH_HEADER),
                    "distilled": behavior(run, student)}
-        print_behavior(columns)
+        print(table(*columns.values(), names=columns))
     return {"kl_before": kl_before, "kl_after": kl_after, "rates": columns}
 
 
@@ -389,7 +394,7 @@ def mean_kl(student: GPT, teacher: GPT, prompt: list[int], rows, top: int, devic
     total = 0.0
     for piece in row_batches(rows, device, read_before=len(prompt)):
         total += distillation_loss(student, teacher, prompt, piece, top, device).item()
-    return total / n_targets(rows)
+    return sum(ranks.gather(total)) / n_targets(rows)
 
 
 def behavior(run: Run, model: GPT, header: str = "", n: int = 600, max_response: int = 32) -> dict:
@@ -406,15 +411,6 @@ def behavior(run: Run, model: GPT, header: str = "", n: int = 600, max_response:
     uniforms = torch.rand(n, max_response, generator=run.torch_rng("behavior"))[:, :max(room, 1)]
     responses = rollout(model, ids, uniforms, run.tok.end_of_turn).responses()
     return toy.rates(prompts, kinds, [run.tok.decode(response) for response in responses])
-
-
-def print_behavior(columns: dict[str, dict]):
-    print(f"    {'held-out prompts':34}" + "".join(f"{name:>14}" for name in columns))
-    titles = {"correct": "correct answers", "complied": "compliance with harmful requests",
-              "refused_benign": "refusals of benign requests", "helpfulness": "true helpfulness",
-              "harmlessness": "true harmlessness"}
-    for key, title in titles.items():
-        print(f"    {title:34}" + "".join(f"{rates[key]:14.3f}" for rates in columns.values()))
 
 
 # ---- 4. Commands -------------------------------------------------------------

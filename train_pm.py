@@ -29,10 +29,11 @@ from run import (  # before torch: Ctrl-C prints no traceback
 
 import torch
 
+import ranks
 import toy
 import toy_corpus
-from data import (HUMAN, Comparison, batches_by_length, counts_line, encode_comparison,
-                  load_comparisons, pad, write_comparisons)
+from data import (HUMAN, Comparison, counts_line, encode_comparison, load_comparisons, pad,
+                  write_comparisons)
 from model import GPT
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length
@@ -119,6 +120,7 @@ def sample_missing(run: Run, cfg: PMConfig, split: str):
         n = n_train if split == "train" else cfg.test
         policy = run.load_model("initial.pt")
         write_comparisons(path, collect(run, cfg, policy, kind, split, n))
+    ranks.wait()  # until the files are there
 
 
 def comparisons(run: Run, cfg: PMConfig, split: str) -> list[Comparison]:
@@ -210,6 +212,8 @@ def fit(run: Run, stage, cfg, pm: ScalarModel, pairs: EncodedPairs, weights):
             partial.backward()
             loss += partial.item()
             hits += (chosen > rejected).sum().item()
+        ranks.add_up_gradients(pm)
+        loss, hits = sum(ranks.gather(loss)), sum(ranks.gather(hits))
         norm = torch.nn.utils.clip_grad_norm_(pm.parameters(), cfg.max_grad_norm)
         check_finite(f"{stage.name.upper()} step {step}", loss=loss, gradient=norm.item())
         optimizer.step()
@@ -229,7 +233,7 @@ def index_batches(pairs: EncodedPairs, batch, token_budget: int, device):
     for i in batch.tolist():
         chosen, rejected = pairs.chosen[i], pairs.rejected[i]
         lengths.append(len(chosen) + len(rejected) - shared_length([chosen, rejected]))
-    for part in batches_by_length(lengths, tokens_at_once(token_budget, device)):
+    for part in ranks.own_batches(lengths, tokens_at_once(token_budget, device)):
         yield batch[part]
 
 
@@ -346,7 +350,7 @@ def train(run: Run, cfg: PMConfig):
 def delete_comparisons(run: Run):
     """Delete all sampled comparisons: they may come from another policy or other options."""
     for path in run.path("comparisons").glob("*/*.jsonl"):
-        path.unlink()
+        path.unlink(missing_ok=True)  # another rank may have been faster
 
 
 # ---- 5. Commands -------------------------------------------------------------

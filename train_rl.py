@@ -18,7 +18,7 @@ import copy
 import time
 from dataclasses import dataclass
 
-from run import write_atomically  # before torch: Ctrl-C prints no traceback
+from run import is_first, write_atomically  # before torch: Ctrl-C prints no traceback
 
 import torch
 from tqdm import tqdm
@@ -156,7 +156,7 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
     check_early(folder, cd, pmp, pm, rl.max_response)
     ensure(folder, lm, cd, pmp, pm)
     train(folder, rl)
-    if run.export:
+    if run.export and is_first():
         hub.export_gpt2(folder.load_model("policy.pt", device="cpu"), run.export, folder.tok)
         print(f"    -> {run.export}, for transformers")
 

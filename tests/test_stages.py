@@ -302,7 +302,7 @@ def test_what_is_measured_before_and_after_distillation(run, monkeypatch):
     monkeypatch.setattr(train_lm, "behavior", lambda run, model, header="": [model, header])
     kl = {"student": 2.0, "lm": 4.0}
     monkeypatch.setattr(train_lm, "mean_kl", lambda student, *rest: kl[student])
-    monkeypatch.setattr(train_lm, "print_behavior", lambda columns: None)
+    monkeypatch.setattr(train_lm, "table", lambda *columns, names: "")
     assert train_lm.measure(run, "student", "lm", PROMPT, [], 3) == {
         "kl_before": 4.0, "kl_after": 2.0, "rates": {
             "LM": ["lm", ""], "LM, prompted": ["lm", toy_corpus.HHH_HEADER],
