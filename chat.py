@@ -273,10 +273,10 @@ class Crowdworker:
                     record = self.edited(dialogue, *sides["ab".index(answer[1])])
                 else:
                     record = self.picked(dialogue, sides, answer)
+                self.file.append(record)  # on the disk, before the next turn appears
                 break
             except UserError as error:
                 self.terminal.say(str(error))
-        self.file.append(record)  # on the disk, before the next turn appears
         apart = "; barely sure, so it is kept apart" if record["strength"] == UNSURE else ""
         self.terminal.say(f"stored: {len(self.file.records):,} choices in {self.file.path}{apart}")
         self.dialogue, self.turn = goes_on(record), self.turn + 1
@@ -394,6 +394,8 @@ def main():
         args = parser.parse_args()
         if not args.compare and (args.red_team or args.against):
             raise UserError("--red-team and --against need --compare")
+        if not args.who.strip():
+            raise UserError("--who needs a name")
         run(args)
 
 
