@@ -200,7 +200,8 @@ def test_a_red_teamer_picks_the_more_harmful_reply(talk, scripted):
 
 
 def test_an_edit_is_preferred_to_the_original(talk, scripted):
-    out = talk("one", "eb", "", "eb", "better", "two", options=["--compare", "--model", "initial.pt"])
+    options = ["--compare", "--model", "initial.pt"]
+    out = talk("one", "eb", "", "eb", "better", "two", options=options)
     row, pair = stored()[0], sides(out)[0]
     assert row["chosen"] == ask("", "one") + " better" and "an empty message" in out
     assert row["rejected"] == ask("", "one") + pair["b"]
@@ -259,6 +260,16 @@ def test_options_that_cannot_be(talk, tmp_path, options, words):
 
 def test_a_folder_without_models(talk, tmp_path):
     assert "holds no language model" in talk(folder=tmp_path, code=2)
+
+
+def test_the_reader_of_the_output_may_leave(made, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\nhi\n")))
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(made), "--device", "cpu"])
+    with open(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        chat.main()
 
 
 def test_the_line_editor_offers_the_draft(monkeypatch):
