@@ -248,8 +248,9 @@ def test_a_full_disk_keeps_the_choice_to_be_made_again(talk, scripted, monkeypat
 
 @pytest.mark.parametrize("options, words", [
     (["--red-team"], "--red-team and --against need --compare"),
-    (["--against", "initial.pt"], "need --compare"), (["--model", "no.pt"], "no.pt does not exist"),
+    (["--against", "initial.pt"], "need --compare"), (["--model", "no.pt"], "/no.pt does not exist"),
     (["--temperature", "0"], "temperature 0.0"), (["--device", "no"], "--device no"),
+    (["--max-response", "-3"], "a reply of -3 tokens cannot be"),
     (["--compare", "--choices", "."], "is not a file"),
     (["--compare", "--choices", "bad.jsonl"], "bad.jsonl:1: not JSON"),
     (["--compare", "--who", " "], "--who needs a name")])
