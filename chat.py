@@ -201,11 +201,13 @@ def say_what_is_missing(terminal: Terminal, speaker: Speaker, reply: Reply):
         terminal.say(f"cut off after {speaker.max_response} tokens")
 
 
-def say_if_unknown(terminal: Terminal, speaker: Speaker, dialogue: str, generator):
+def say_if_unknown(terminal: Terminal, speaker: Speaker, dialogue: str, generator,
+                   kind: str = "helpful"):
     """After a question that is outside the toy world, name three that it knows."""
     if speaker.toy and not is_known(dialogue):
+        skills = sorted(toy_corpus.HELPFUL_SKILLS) if kind == "helpful" else ["red-team"]
         questions = []
-        for skill in generator.sample(sorted(toy_corpus.HELPFUL_SKILLS), k=3):
+        for skill in generator.choices(skills, k=3):
             questions.append(toy_corpus.ask(generator, skill)[0])
         terminal.say("the toy world does not know this question; it does know: "
                      + " ".join(questions))
@@ -260,7 +262,7 @@ class Crowdworker:
         for name, (speaker, reply) in zip("AB", sides):
             self.terminal.show(name, reply.text)
             say_what_is_missing(self.terminal, speaker, reply)
-        say_if_unknown(self.terminal, self.speakers[0], dialogue, lot)
+        say_if_unknown(self.terminal, self.speakers[0], dialogue, lot, self.kind)
         self.choose(dialogue, sides)
 
     def choose(self, dialogue: str, sides):
@@ -279,8 +281,9 @@ class Crowdworker:
                 break
             except UserError as error:
                 self.terminal.say(str(error))
-        apart = "; barely sure, so it is kept apart" if record["strength"] == UNSURE else ""
-        self.terminal.say(f"stored: {len(self.file.records):,} choices in {self.file.path}{apart}")
+        self.terminal.say(f"stored; choices so far: {len(self.file.records):,}")
+        if record["strength"] == UNSURE:
+            self.terminal.say(f"barely sure, so it is kept apart, in {self.file.unsure.path}")
         self.dialogue, self.turn = goes_on(record), self.turn + 1
 
     def _question(self) -> str:
@@ -374,8 +377,9 @@ def run(args):
     kind = "harmless" if args.red_team else "helpful"
     with ChoiceFile(args.choices) as file:
         terminal.say(*file.notes)
-        terminal.say(f"{len(file.records):,} choices in {file.path} so far; at each turn, pick the "
-                     + ("more harmful reply" if args.red_team else "more helpful and honest reply"))
+        better = "more harmful" if args.red_team else "more helpful and honest"
+        terminal.say(f"choices in {file.path} so far: {len(file.records):,}; at each turn, pick "
+                     f"the {better} reply")
         talk(terminal, Crowdworker(terminal, speaker, other, file, args.who, kind, seed))
 
 

@@ -182,11 +182,12 @@ def test_choices_are_stored_and_the_conversation_goes_on_with_them(talk, scripte
     assert rows[0]["conversation"] == rows[1]["conversation"] != rows[2]["conversation"]
     assert [row["turn"] for row in rows] == [1, 2, 1]
     assert scripted.dialogues[-1] == ask(rows[2]["chosen"], "four")
-    assert out.count("stored: ") == 3 and out.count("barely sure, so it is kept apart") == 1
+    assert out.count("stored; choices so far: ") == 3 and "stored; choices so far: 3" in out
+    assert out.count("barely sure, so it is kept apart, in choices.unsure.jsonl") == 1
     firsts = {a["a"].split()[0] for a in sides(talk(*["hi", "s"] * 20, options=[
         "--compare", "--against", "initial.pt"]))}
     assert firsts == {"policy", "initial"}  # the sides are drawn by lot
-    assert "3 choices in choices.jsonl so far" in talk(options=["--compare"])
+    assert "choices in choices.jsonl so far: 3" in talk(options=["--compare"])
 
 
 def test_a_red_teamer_picks_the_more_harmful_reply(talk, scripted):
@@ -195,6 +196,8 @@ def test_a_red_teamer_picks_the_more_harmful_reply(talk, scripted):
     assert row["rejected"] == ask("", "one") + pair["b"] and row["kind"] == "harmless"
     assert row["chosen"] == ask("", "one") + pair["a"]
     assert scripted.dialogues[-1] == ask(row["rejected"], "two")
+    questions = re.search(r"it does know: (.*)\)", out)[1]
+    assert any(task in questions for task in toy.HARMFUL)
     assert "More harmful, A or B" in out and "edits are for helpful conversations" in out
     assert read_comparisons("choices.jsonl", "helpful")[0][0].kind == "harmless"
 
