@@ -69,6 +69,7 @@ class Comparison:
     rejected: str                  # the other reply; in red-teaming, the more harmful one
     kind: str                      # "helpful" or "harmless"
     p_chosen: float | None = None  # probability of this label; known in the toy world
+    conversation: str = ""         # the name of its conversation; known for people's choices
 
 
 def split_comparison(chosen: str, rejected: str) -> tuple[tuple[str, str, str] | None, str]:
@@ -133,10 +134,9 @@ def parse_json_object(line: bytes, place: str) -> dict:
 
 def read_comparisons(path, kind: str) -> tuple[list[Comparison], Counter]:
     """Read a file in the format of HH-RLHF: {"chosen": dialogue, "rejected": dialogue} per line,
-    with "p_chosen" where it is known. Returns (comparisons, counter).
-    The counter holds "read", "kept" and one entry for each reason to drop a row, so that
-    read = kept + the sum over the reasons. Raises UserError with the line of the first row in
-    another format."""
+    with "p_chosen", "kind" and "conversation" where they are known. Returns (comparisons, counter):
+    "read", "kept" and one entry for each reason to drop a row, so that read = kept + the reasons'
+    sum. Raises UserError with the line of the first row in another format."""
     comparisons, counter = [], Counter(read=0, kept=0)
     for number, row in read_jsonl(path):
         for field in ("chosen", "rejected"):
@@ -154,7 +154,8 @@ def read_comparisons(path, kind: str) -> tuple[list[Comparison], Counter]:
         counter["read"] += 1
         counter["kept" if parts else reason] += 1
         if parts:
-            comparisons.append(Comparison(*parts, kind, p))
+            own_kind = row["kind"] if row.get("kind") in ("helpful", "harmless") else kind
+            comparisons.append(Comparison(*parts, own_kind, p, str(row.get("conversation") or "")))
     return comparisons, counter
 
 
