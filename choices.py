@@ -88,7 +88,7 @@ class ChoiceFile:
             raise
         self.notes = self.sure.notes + self.unsure.notes
         records = self.sure.records + self.unsure.records
-        self.records = sorted(records, key=lambda record: record["when"])
+        self.records = sorted(records, key=lambda record: (record["when"], record["turn"]))
         self.ids = {record["id"] for record in self.records}
 
     def append(self, record: dict) -> bool:
