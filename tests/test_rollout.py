@@ -340,7 +340,8 @@ def test_a_step_of_each_shape_that_comes_again_is_recorded_once_and_replayed(man
             return self
 
     @contextmanager
-    def record(graph, pool):
+    def record(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # NCCL has a thread of its own
         assert pool is (graphs[0] if graphs else None)
         graphs.append(graph)
         yield
