@@ -80,13 +80,14 @@ def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig
 
 
 def tokens_at(ro: Rollouts, i):
-    """Where the real tokens of responses i stand in a rectangle (B, R): rows, columns, (n,) each.
-    For a rectangle x, x[i][tokens_at(ro, i)] is packed: (n,)."""
+    """Rows and columns, (n,) each, of the real tokens of responses i in a rectangle (B, R). So for
+    any x (N, R), x[i][tokens_at(ro, i)] holds the numbers of these tokens: (n,)."""
     return ro.mask[i].nonzero(as_tuple=True)
 
 
 def states_at(ro: Rollouts, i):
-    """Where their states are read, one position before each token, in ro.rows(i) (B, T)."""
+    """Rows and columns, (n,) each, of the states of these tokens in ro.rows(i) (B, T): one position
+    before each token."""
     row, t = tokens_at(ro, i)
     return row, ro.prompt_len[i][row] - 1 + t
 

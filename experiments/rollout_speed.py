@@ -289,7 +289,7 @@ def needed(cfg: GPTConfig, work: Work, steps: int, number_bytes: int) -> tuple[f
 
 def trunk_flops(cfg: GPTConfig, lengths: list[int], n_read: int) -> float:
     """FLOPs of a forward pass over rows of these lengths, of which n_read positions are read: the
-    last block does no more for the others than keys, values and queries (model.Block)."""
+    others end at the last block's attention (GPT.forward)."""
     n, D2 = sum(lengths), cfg.d_model**2
     attended = sum(length**2 / 2 for length in lengths)
     matrices = (12 * (cfg.n_layer - 1) + 3) * D2 * n + 9 * D2 * n_read
@@ -385,8 +385,8 @@ def sampling_table(policy: GPT, spread: str, args, device) -> list[dict]:
     print(f"\n{spread}: prompts of {min(lengths)} to {max(lengths)} tokens, responses of "
           f"{min(work.limits)} to {max(work.limits)} (mean {statistics.mean(work.limits):.0f}); "
           f"copy {copy_speed / 1e9:.0f} GB/s, matmul {matmul_speed / 1e9:,.0f} GFLOP/s")
-    print(f"    {'':28} tokens/s   x (b)   ms a step   wasted   memory    FLOPs   roofline   peak MiB   "
-          "same tokens")
+    print(f"    {'':28} tokens/s   x (b)   ms a step   wasted   memory    FLOPs   roofline   "
+          "peak MiB   same tokens")
     rows, rate = [], {}
     for name, way in ways.items():
         found, seconds = way.result, statistics.median(way.seconds[1:] or way.seconds)
@@ -418,8 +418,8 @@ def sampling_table(policy: GPT, spread: str, args, device) -> list[dict]:
 def print_row(row: dict):
     cells = [f"    {row['way']:28} {row['tokens_per_s']:8,.0f}"]
     for key, width, digits in (("ratio", 7, 2), ("step_ms", 11, 2), ("wasted", 8, 2),
-                               ("memory", 8, 2), ("flops", 8, 2), ("roofline", 10, 0), ("peak_mib", 10, 0),
-                               ("same", 13, 3)):
+                               ("memory", 8, 2), ("flops", 8, 2), ("roofline", 10, 0),
+                               ("peak_mib", 10, 0), ("same", 13, 3)):
         if row[key] is None:
             cells.append(f"{'-':>{width}}")
         else:
