@@ -73,7 +73,7 @@ class Block(nn.Module):
         self.mlp_in, self.mlp_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
     def forward(self, x, at=None, mask=None):
-        """x (B, T, D) -> (B, T, D); with `at`, only x[at] is carried on: (n, D). mask: see
+        """x (B, T, D) -> (B, T, D); or (n, D), if only the positions `at` are wanted. mask: see
         `GPT.forward`."""
         y = self.attention(self.ln_1(x), mask)  # (B, T, D)
         if at is not None:
@@ -134,8 +134,8 @@ class GPT(nn.Module):
         step, because most callers want them at a few positions only.
 
         `at` names the positions that the caller wants: a mask (B, T), or a pair of rows and
-        columns, (n,) each. The result is then forward(ids)[at], (n, D), but the last block does no
-        more for the other positions than their keys and values.
+        columns, (n,) each. The result is then forward(ids)[at], (n, D), but the other positions
+        end at the last block's attention, which may look at them.
 
         By default a token's position is its index, and it sees every token up to itself. Where a
         row holds several replies to one prompt (pm.score_branches), positions (B, T) and mask

@@ -80,28 +80,24 @@ def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig
 
 
 def tokens_at(ro: Rollouts, i):
-    """Where the real tokens of responses i stand in a rectangle (B, R): rows, columns, (n,) each.
-    For a rectangle x, x[i][tokens_at(ro, i)] is packed: (n,)."""
+    """Rows and columns, (n,) each, of the real tokens of responses i in a rectangle (B, R). So for
+    any x (N, R), x[i][tokens_at(ro, i)] holds the numbers of these tokens: (n,)."""
     return ro.mask[i].nonzero(as_tuple=True)
 
 
 def states_at(ro: Rollouts, i):
-    """Where their states are read, one position before each token, in ro.rows(i) (B, T)."""
+    """Rows and columns, (n,) each, of the states of these tokens in ro.rows(i) (B, T): one position
+    before each token."""
     row, t = tokens_at(ro, i)
     return row, ro.prompt_len[i][row] - 1 + t
-
-
-def response_logprobs(policy: GPT, ro: Rollouts, i, temperature=1.0):
-    """(n,) log-probs of the tokens of responses i, by one full forward pass."""
-    states = policy(ro.rows(i), states_at(ro, i))  # (n, D): only these get logits
-    return token_logprobs(policy, states, ro.actions[i][tokens_at(ro, i)], temperature)
 
 
 def all_logprobs(policy: GPT, ro: Rollouts, cfg: PPOConfig):
     """(N, R) log-probs of all the responses, without gradients. Old and reference log-probs come
     from this one function: the same temperature, the same masks."""
     def of_responses(i):
-        return response_logprobs(policy, ro, i, cfg.temperature)
+        states = policy(ro.rows(i), states_at(ro, i))  # (n, D): only these get logits
+        return token_logprobs(policy, states, ro.actions[i][tokens_at(ro, i)], cfg.temperature)
     return in_batches(of_responses, ro, cfg.token_budget)
 
 
@@ -135,15 +131,10 @@ def shaped_rewards(scores, logp, ref_logp, mask, kl_coef):
 # ---- 5. Advantages -----------------------------------------------------------
 
 
-def state_values(critic: ScalarModel, ro: Rollouts, i):
-    """(n,) V(s_t) of the tokens of responses i."""
-    return critic(ro.rows(i), states_at(ro, i))
-
-
 def all_values(critic: ScalarModel, ro: Rollouts, cfg: PPOConfig):
-    """(N, R) values of all the responses, without gradients."""
+    """(N, R) values V(s_t) of all the responses, without gradients."""
     def of_responses(i):
-        return state_values(critic, ro, i)
+        return critic(ro.rows(i), states_at(ro, i))
     return in_batches(of_responses, ro, cfg.token_budget)
 
 
@@ -221,28 +212,32 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
 
     A minibatch is taken in pieces that fit the token budget. Losses are sums over tokens, divided
     by the tokens of the whole minibatch, so the gradient is that of one big batch."""
-    history = []
+    history, device = [], ro.tokens.device
+    budget = tokens_at_once(cfg.token_budget, device)
+    # A GPU that is asked for a value has to finish its work first. So it is asked seldom.
+    response_len, lengths = ro.response_len.cpu(), ro.lengths.cpu()                       # (N,)
     for _ in range(cfg.passes):
         order = torch.randperm(len(ro.tokens), generator=generator)
         for minibatch in order.split(cfg.minibatch):
-            n_tokens = ro.response_len.cpu()[minibatch].sum().item()
+            n_tokens = response_len[minibatch].sum().item()
             statistics = {}
             optimizer.zero_grad(set_to_none=True)
-            for i in pieces(ro, minibatch, cfg.token_budget):
-                at = tokens_at(ro, i)
+            for part in ranks.own_batches(lengths[minibatch].tolist(), budget):
+                i = minibatch[part].to(device)                                            # (B,)
+                ids, at, before = ro.rows(i), tokens_at(ro, i), states_at(ro, i)
                 actions, old_logp = ro.actions[i][at], ex.logp[i][at]                     # (n,)
                 advantages = ex.advantages[i][at]                                         # (n,)
                 old_values, returns = ex.values[i][at], ex.returns[i][at]                 # (n,)
-                with autocast(actions.device):
-                    states = policy(ro.rows(i), states_at(ro, i))                         # (n, D)
+                with autocast(device):
+                    states = policy(ids, before)                                          # (n, D)
                     logp, entropy = token_logprobs_and_entropies(
                         policy, states, actions, cfg.temperature)                         # (n,)
                 policy_sum = policy_loss(logp, old_logp, advantages, cfg.clip).sum()
                 (policy_sum / n_tokens).backward()
                 # The critic is another network. Its turn comes after the policy's backward pass,
                 # so that the activations of only one of them are held at a time.
-                with autocast(actions.device):
-                    new_values = state_values(critic, ro, i)                              # (n,)
+                with autocast(device):
+                    new_values = critic(ids, before)                                      # (n,)
                 value_sum = value_loss(new_values, old_values, returns, cfg.value_clip).sum()
                 (value_sum / n_tokens).backward()
                 sums = update_statistics(policy_sum, value_sum, entropy.sum(), logp, old_logp,
@@ -261,11 +256,3 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
             optimizer.step()
             history.append(numbers)
     return averages(history)
-
-
-def pieces(ro: Rollouts, minibatch, token_budget: int):
-    """Yield the indices of a minibatch's responses, in parts that a forward pass can hold."""
-    device = ro.tokens.device
-    lengths = ro.lengths.cpu()[minibatch].tolist()
-    for part in ranks.own_batches(lengths, tokens_at_once(token_budget, device)):
-        yield minibatch[part].to(device)

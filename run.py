@@ -228,13 +228,15 @@ def torch_rng(seed: int, *name) -> torch.Generator:
 # ---- 4. Devices --------------------------------------------------------------
 
 
-_precision = "auto"  # what --precision says; set by `choose_device`
+# Set by `choose_device`:
+_precision = "auto"  # what --precision says
+_gpu_tokens = 16384  # tokens of one forward pass on a GPU
 
 
 def choose_device(name: str, precision: str = "auto") -> torch.device:
     """The named device; for "auto" an NVIDIA GPU if there is one, else the CPU. Sets the precision
     of its arithmetic. Raises UserError if the device or the precision is not available."""
-    global _precision
+    global _precision, _gpu_tokens
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -257,6 +259,10 @@ def choose_device(name: str, precision: str = "auto") -> torch.device:
         # The products that stay in float32, above all the logits, may round their inputs to TF32's
         # 10 bits. Their results are float32, unlike bf16's.
         torch.set_float32_matmul_precision("high")
+        # 512 tokens for each GiB that is free, in powers of two, so that a few MiB change nothing.
+        # (16,384 tokens of GPT-2 take some 5 GB in the update.)
+        gib = max(1, torch.cuda.mem_get_info()[0] // 2**30)
+        _gpu_tokens = min(16384, 512 * 2 ** (gib.bit_length() - 1))
     return device
 
 
@@ -277,11 +283,11 @@ def autocast(device):
 
 def tokens_at_once(budget: int, device) -> int:
     """Tokens of one forward pass: `budget`, where 0 picks a fast default. On a CPU the activations
-    should stay in its caches (the toy's PPO update took 0.8 of the time at 2,048 tokens that it
-    took at 8,192); a GPU needs large batches to be busy."""
+    should stay in its caches, and small batches have few pads (the toy's PPO update took 0.86 of
+    the time at 1,024 tokens that it took at 2,048); a GPU needs large batches to be busy."""
     if budget:
         return budget
-    return 2048 if torch.device(device).type == "cpu" else 16384
+    return 1024 if torch.device(device).type == "cpu" else _gpu_tokens
 
 
 def logits_at_once(budget: int, device) -> int:

@@ -21,7 +21,9 @@ The column `tokens/s` counts response tokens. `wasted` is the share of slot-step
 nothing wanted. `memory` is the bytes that the decode steps need (weights once a step, the cached
 tokens of each busy slot), `FLOPs` what decode steps and prefills need (two a weight and token, and
 attention's), each as a share of what a large copy and a large matmul reach here, in this process.
-A last line times a PPO iteration by phase.
+`roofline` is the tokens/s at which the larger of the two shares would be 1. The last lines time a
+PPO iteration by phase, beside the seconds that a large matmul would take for a phase's FLOPs; with
+--profile, they also say which operators the time goes to.
 
 Read it in this order:
   1. Workload       prompts and lengths
@@ -285,6 +287,48 @@ def needed(cfg: GPTConfig, work: Work, steps: int, number_bytes: int) -> tuple[f
     return n_bytes, 2 * (trunk + logits) + 2 * per_token * attended
 
 
+def trunk_flops(cfg: GPTConfig, lengths: list[int], n_read: int) -> float:
+    """FLOPs of a forward pass over rows of these lengths, of which n_read positions are read: the
+    others end at the last block's attention (GPT.forward)."""
+    n, D2 = sum(lengths), cfg.d_model**2
+    attended = sum(length**2 / 2 for length in lengths)
+    matrices = (12 * (cfg.n_layer - 1) + 3) * D2 * n + 9 * D2 * n_read
+    return 2 * matrices + 4 * cfg.n_layer * cfg.d_model * attended
+
+
+def iteration_flops(cfg: GPTConfig, work: Work, passes: int) -> dict[str, float]:
+    """FLOPs that each phase of a PPO iteration cannot do without. A backward pass takes twice those
+    of its forward pass."""
+    lengths = [len(prompt) + limit for prompt, limit in zip(work.prompts, work.limits)]
+    n_tokens = sum(work.limits)
+    trunk, logits = trunk_flops(cfg, lengths, n_tokens), 2 * cfg.vocab_size * cfg.d_model * n_tokens
+    pm = trunk_flops(cfg, lengths, n_read=len(lengths))
+    return {"rollout": needed(cfg, work, 0, 0)[1], "scoring": 3 * trunk + 2 * logits + pm,
+            "update": 3 * passes * (2 * trunk + logits)}
+
+
+KINDS = {"matrix products": ("aten::addmm", "aten::mm", "aten::bmm"),
+         "attention": ("aten::_scaled_dot", "aten::_flash", "aten::_efficient"),
+         "GELU": ("aten::gelu",),
+         "optimizer": ("Optimizer", "aten::_fused_adam", "aten::_foreach", "aten::linalg_vector"),
+         "other operators": ("",)}
+
+
+def shares(phase: Callable, device) -> dict[str, float]:
+    """The share of a phase's time that each kind of operator takes on the host. What is left is
+    Python's, to which the profiler adds a little."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        seconds = clock(phase, device)
+    result = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.key_averages():
+        for kind, names in KINDS.items():
+            if event.key.startswith(names):
+                result[kind] += event.self_cpu_time_total / 1e6 / seconds
+                break
+    result["Python"] = 1 - sum(result.values())
+    return result
+
+
 # ---- 4. Tables ---------------------------------------------------------------
 
 RERUN, PADDED, STATIC = "(a) re-run the prefix", "(b) KV cache, padded batch", "(c) static cache"
@@ -341,8 +385,8 @@ def sampling_table(policy: GPT, spread: str, args, device) -> list[dict]:
     print(f"\n{spread}: prompts of {min(lengths)} to {max(lengths)} tokens, responses of "
           f"{min(work.limits)} to {max(work.limits)} (mean {statistics.mean(work.limits):.0f}); "
           f"copy {copy_speed / 1e9:.0f} GB/s, matmul {matmul_speed / 1e9:,.0f} GFLOP/s")
-    print(f"    {'':28} tokens/s   x (b)   ms a step   wasted   memory    FLOPs   peak MiB   "
-          "same tokens")
+    print(f"    {'':28} tokens/s   x (b)   ms a step   wasted   memory    FLOPs   roofline   "
+          "peak MiB   same tokens")
     rows, rate = [], {}
     for name, way in ways.items():
         found, seconds = way.result, statistics.median(way.seconds[1:] or way.seconds)
@@ -350,6 +394,7 @@ def sampling_table(policy: GPT, spread: str, args, device) -> list[dict]:
         rate[name] = n_tokens / seconds
         row = {"size": args.size, "spread": spread, "way": name, "tokens_per_s": rate[name],
                "ratio": None, "step_ms": None, "wasted": None, "memory": None, "flops": None,
+               "roofline": None,
                "peak_mib": way.peak / 2**20 if way.peak else None, "same": None}
         if name != THEIRS:  # it draws its own random numbers
             row["same"] = statistics.mean(a == b for a, b in zip(found.replies, want))
@@ -359,7 +404,8 @@ def sampling_table(policy: GPT, spread: str, args, device) -> list[dict]:
             row |= {"ratio": rate[name] / rate[PADDED], "step_ms": 1e3 * seconds / found.steps,
                     "wasted": 1 - n_tokens / found.slot_steps,
                     "memory": n_bytes / seconds / copy_speed,
-                    "flops": n_flops / seconds / matmul_speed}
+                    "flops": n_flops / seconds / matmul_speed,
+                    "roofline": n_tokens / max(n_bytes / copy_speed, n_flops / matmul_speed)}
         rows.append(row)
         print_row(row)
     if THEIRS in ways:
@@ -372,8 +418,8 @@ def sampling_table(policy: GPT, spread: str, args, device) -> list[dict]:
 def print_row(row: dict):
     cells = [f"    {row['way']:28} {row['tokens_per_s']:8,.0f}"]
     for key, width, digits in (("ratio", 7, 2), ("step_ms", 11, 2), ("wasted", 8, 2),
-                               ("memory", 8, 2), ("flops", 8, 2), ("peak_mib", 10, 0),
-                               ("same", 13, 3)):
+                               ("memory", 8, 2), ("flops", 8, 2), ("roofline", 10, 0),
+                               ("peak_mib", 10, 0), ("same", 13, 3)):
         if row[key] is None:
             cells.append(f"{'-':>{width}}")
         else:
@@ -421,10 +467,19 @@ def iteration_table(policy: GPT, spread: str, args, device):
             seconds.setdefault(name, []).append(clock(phase, device))
     middle = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     total = sum(middle.values())
-    words = [f"{name} {time:.2f} s ({time / total:.0%})" for name, time in middle.items()]
+    flops, matmul_speed = iteration_flops(policy.cfg, it.work, args.passes), machine(device)[1]
+    words = []
+    for name, taken in middle.items():
+        words.append(f"{name} {taken:.2f} s ({taken / total:.0%}; matmul alone "
+                     f"{flops[name] / matmul_speed:.2f} s)")
     print(f"\nPPO iteration, {spread}: {it.cfg.batch} responses, minibatches of "
           f"{it.cfg.minibatch}, passes: {it.cfg.passes}: {', '.join(words)}; "
-          f"{it.cfg.batch / total:,.0f} samples/s")
+          f"{it.cfg.batch / total:,.0f} samples/s, roofline "
+          f"{it.cfg.batch * matmul_speed / sum(flops.values()):,.0f}")
+    if args.profile:
+        for name, phase in phases.items():
+            found = shares(phase, device)
+            print(f"    {name}: " + ", ".join(f"{kind} {x:.0%}" for kind, x in found.items()))
 
 
 # ---- 5. Command --------------------------------------------------------------
@@ -444,6 +499,8 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--passes", type=int, default=1,
                         help="over the responses, in the PPO iteration")
+    parser.add_argument("--profile", action="store_true",
+                        help="shares of operators in the phases of the PPO iteration")
     parser.add_argument("--only", default="", choices=["", "sampling", "iteration"],
                         help="one of the two tables")
     parser.add_argument("--device", default="auto")

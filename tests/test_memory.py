@@ -146,7 +146,7 @@ def test_a_training_step_takes_what_is_stated(cfg, recompute):
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):  # at the second step, Adam has its moments
             optimizer.zero_grad(set_to_none=True)
-            ids = torch.zeros(2048 // 64, 64, dtype=torch.long)
+            ids = torch.zeros(1024 // 64, 64, dtype=torch.long)
             hidden = model(ids).flatten(0, 1)
             token_logprobs(model, hidden, ids.flatten()).sum().backward()
             optimizer.step()
@@ -194,7 +194,7 @@ def test_a_stage_that_does_not_fit_is_refused(device, monkeypatch):
 def machine(monkeypatch):
     """machine("cuda", bf16=False): a machine with this kind of GPU, if any, and a record of what
     torch was told."""
-    def machine(gpu: str, bf16=True) -> list:
+    def machine(gpu: str, bf16=True, free_gib=80) -> list:
         told, zeros = [], torch.zeros
 
         def fake_zeros(*size, device):
@@ -209,8 +209,10 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp",
                             lambda is_on: told.append(("cudnn", is_on)))
         monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free_gib * 2**30), 2**40))
         return told
     monkeypatch.setattr(run, "_precision", "auto")
+    monkeypatch.setattr(run, "_gpu_tokens", 16384)
     return machine
 
 
@@ -232,6 +234,15 @@ def test_a_device_that_is_not_there(machine, gpu, options, words):
     machine(gpu)
     with pytest.raises(UserError, match=words):
         choose_device(*options)
+
+
+@pytest.mark.parametrize("free_gib, n_tokens", [
+    (0.5, 512), (14.6, 4096), (23.9, 8192), (32, 16384), (139, 16384)])
+def test_a_small_gpu_reads_fewer_tokens_at_once(machine, free_gib, n_tokens):
+    machine("cuda", free_gib=free_gib)
+    device = choose_device("cuda")
+    assert run.tokens_at_once(0, device) == n_tokens and run.tokens_at_once(7, device) == 7
+    assert run.tokens_at_once(0, "cpu") == 1024
 
 
 @pytest.mark.parametrize("has_bf16, precision, is_bf16", [

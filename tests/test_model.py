@@ -3,11 +3,13 @@ one row, one head and one query at a time, or are computed by hand. Nearly every
 float64, where two ways to compute the same thing agree to 1e-9 on any machine."""
 import copy
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cache import KVCache, forward_cached, prefill
 from helpers import doubled, exact_logits, max_difference, shaken
@@ -236,6 +238,45 @@ def test_what_lies_beyond_the_lengths_does_not_matter_and_what_lies_within_does(
         one_more = torch.ones(len(ROWS), 1, dtype=torch.long)
         change = forward_cached(gpt, one_more, spoiled) - forward_cached(gpt, one_more, clean)
         assert (change.abs().amax((1, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_only_the_positions_that_are_asked_for_pass_through_the_last_block(gpt, recompute):
+    """States and gradients are those of the full forward pass at these positions."""
+    ids = padded(ROWS, 60)
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(9)) < 0.4
+    results, widths = [], {}
+    for at in (None, mask, mask.nonzero(as_tuple=True)):
+        net = copy.deepcopy(gpt).requires_grad_()
+        net.recompute = recompute
+        for layer, block in enumerate(net.blocks):
+            block.mlp_in.register_forward_pre_hook(
+                lambda _, args, layer=layer: widths.update({layer: args[0].shape[:-1].numel()}))
+        hidden = net(ids)[mask] if at is None else net(ids, at)
+        weight = torch.linspace(-1, 2, hidden.numel()).double()
+        gradients = torch.autograd.grad(weight @ hidden.flatten(), list(net.parameters()))
+        results.append((hidden, *gradients))
+    *others, last = widths.values()
+    assert last == mask.sum() < ids.numel() and set(others) == {ids.numel()}
+    for full, *both in zip(*results):
+        assert max(max_difference(states, full) for states in both) < 1e-9
+
+
+def test_a_step_makes_indices_and_mask_once_and_not_for_each_layer(gpt):
+    def operations(n_layer):
+        net, counts = GPT(replace(CFG, n_layer=n_layer)), Counter()
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                counts[function.overloadpacket.__name__] += 1
+                return function(*args, **(kwargs or {}))
+        with torch.no_grad(), Count():
+            forward_cached(net, torch.ones(3, 1, dtype=torch.long), KVCache(net.cfg, 3, 8))
+        return counts
+    few, many = operations(1), operations(4)
+    for name in ("arange", "masked_fill", "gt", "where"):
+        assert few[name] == many[name], name
+    assert many["index_put_"] == 4 * few["index_put_"] == 8
 
 
 # ---- Log-probs ---------------------------------------------------------------

@@ -3,6 +3,7 @@ response by response. Models are in float64, so two ways to compute a number agr
 import copy
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from helpers import (CFG, END, END_OF_CONTEXT, OPENING, R, StubPrompts, StubRun,
 from model import GPT
 from pm import ScalarModel
 from ppo import (Experience, PPOConfig, all_logprobs, all_values, gae, policy_loss, shaped_rewards,
-                 state_values, update, value_loss, whiten)
+                 update, value_loss, whiten)
 from rollout import Rollouts, plain_rollout
 from run import TrainingError, torch_rng
 from train_rl import Learner, RLConfig
@@ -418,6 +419,26 @@ def test_numbers_that_are_not_finite_stop_the_run(world, bad):
     fails(world, cfg, "iteration 7: the grad norm", hook=lambda gradient: gradient * bad)
 
 
+def test_an_update_asks_the_device_few_questions(world, monkeypatch):
+    """A piece asks twice where its tokens are and once how wide it is; a minibatch asks for the
+    values of all its statistics together, and counts its tokens on the CPU; the whole update asks
+    for lengths, and for the first ratio."""
+    counts = Counter()
+
+    def count(name):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, *args, **options: (
+            counts.update([name]), method(x, *args, **options))[1])
+    cfg = PPOConfig(minibatch=4, token_budget=10**6)
+    experience = some_experience(world, cfg)
+    for name in ("item", "tolist", "nonzero", "__int__", "__bool__", "cpu"):
+        count(name)
+    recorded(world, cfg, experience)
+    n = -(-N // 4)
+    assert counts["nonzero"] == 2 * n and counts["__int__"] == n and counts["tolist"] == 2 * n
+    assert counts["cpu"] == 2 and counts["item"] == n + 1 and counts["__bool__"] == 0
+
+
 # ---- The Learner: the loop that ships ----------------------------------------
 
 
@@ -580,5 +601,5 @@ def test_a_constant_score_leaves_the_policy_alone_and_teaches_the_critic():
     assert log[0]["grad_norm"] == 0 and log[0]["policy_loss"] == 0 and log[0]["approx_kl"] < 1e-8
     ids = StubPrompts().draw(64, "new", held_out=False).ids
     ro = plain_rollout(learner.policy, ids, random_uniforms(64, 8, 1), END)
-    v = state_values(learner.critic, ro, torch.arange(64))
+    v = all_values(learner.critic, ro, PPOConfig())[ro.mask]
     assert 0.8 < v.mean().item() < 1.2 and v.std().item() < 0.2

@@ -17,6 +17,7 @@ import torch
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import rollout as rollout_module
 from helpers import (
@@ -389,3 +390,20 @@ def test_the_benchmark_runs(tmp_path):
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) >= 4 and all(float(row["tokens_per_s"]) > 0 for row in rows)
+    assert all(float(row["roofline"]) > 0 for row in rows[1:4])
+
+
+def test_flops_of_an_iteration_are_those_that_torch_counts(monkeypatch):
+    """Rows of one length, so that no pad is counted; attention and the PM's head are left out."""
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    benchmark = __import__("rollout_speed")
+    cfg, ids = GPTConfig(3, 2, 32, 64, 64), torch.ones(4, 20, dtype=torch.long)
+    at = torch.zeros(4, 20, dtype=torch.bool)
+    at[:, 12:] = True
+    with FlopCounterMode(display=False) as counter:
+        GPT(cfg)(ids, at).sum().backward()
+    attention = 4 * 3 * 32 * 4 * 20**2 / 2
+    counted = counter.get_flop_counts()["Global"]
+    matrices = sum(n for name, n in counted.items() if "mm" in str(name))
+    # The first layer's matrices pass a gradient to their input, the embedding, too.
+    assert matrices == 3 * (benchmark.trunk_flops(cfg, [20] * 4, 32) - attention)
