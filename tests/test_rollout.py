@@ -180,7 +180,7 @@ def test_a_shared_prompt_is_read_once_in_batches_of_like_length(many, monkeypatc
     prompts = [best, pair, best, last, best, alone, best, last[:-1] + [1], pair, best]
     uniforms, reads = random_uniforms(10, 40, 5), []
     expected = plain_rollout(many.policy, prompts, uniforms, -1)
-    spy(monkeypatch, rollout_module, "prefill", lambda net, ids, cache: reads.append(ids.tolist()))
+    spy(monkeypatch, rollout_module, "prefill", lambda net, ids: reads.append(ids.tolist()))
     for slots, prefill_tokens in ((16, 8192), (16, 45), (4, 8192)):
         monkeypatch.setattr(rollout_module, "PREFILL_TOKENS", prefill_tokens)
         reads.clear()
