@@ -1,9 +1,8 @@
-"""A class of crowdworkers: who is in which conversation, the two replies, and how people agree.
+"""A class of crowdworkers: who is in which conversation, and the two replies they choose from.
 
-There is no HTTP here; serve.py has it. Read it in this order:
+There is no HTTP here; serve.py has it. Read this file in this order:
   1. Replies     one thread samples the replies for everybody who waits, in one batch
   2. Classroom   joining, a person's line, a person's choice
-  3. Agreement   the lecturer's table
 
 A Classroom knows no conversation but those in the choices file. A request says all that it is
 about: the person, the conversation, the turn, the human's line. The replies follow from the
@@ -14,7 +13,6 @@ Legend:
   person        a random name that the server gives; the name that somebody typed is `who`
   conversation  "<person>-<number>"; a person has one at a time, and the numbers go up by one
   turn          from 1; each turn ends with a choice
-  item          a prompt with the same two replies, in either order
 """
 import hashlib
 import hmac
@@ -31,8 +29,8 @@ from queue import Empty, Full, Queue
 from run import UserError, rng  # before torch: Ctrl-C prints no traceback
 
 from choices import KINDS, SURE, UNSURE, ChoiceFile, choice_record, goes_on
-from conversation import Reply, Speaker, ask, comparable, shown, truth, two_replies
-from data import split_comparison, split_turns
+from conversation import Reply, Speaker, ask, comparable, shown, two_replies
+from data import split_turns
 from toy_corpus import draw_prompt
 
 CONVERSATION = re.compile(r"([0-9a-f]{12})-([0-9]{1,9})")
@@ -275,14 +273,17 @@ class Classroom:
         """Store a choice and return the new state. When this returns, the choice is on the disk. A
         choice that is sent again counts once."""
         person, who = self.person(token)
-        if self.is_stored(person, request):
-            return self.state(token)
         side, strength = request.get("side"), request.get("strength")
         if type(side) is not int or side not in (0, 1):
             raise Refusal(400, "the side is neither 0 nor 1")
         if type(strength) is not int or not UNSURE <= strength <= SURE:
             raise Refusal(400, f"the strength is not a number from {UNSURE} to {SURE}")
-        conversation, turn, kind, dialogue = self.prompt(person, request)
+        try:
+            conversation, turn, kind, dialogue = self.prompt(person, request)
+        except Refusal:
+            if self.is_stored(person, request):
+                return self.state(token)
+            raise
         pair = self.replies.pair(dialogue)
         if request.get("pair") != pair.digest:
             raise Refusal(409, "The model has changed, and its replies with it: choose again.",
@@ -342,84 +343,3 @@ def lines(dialogue: str) -> list[list[str]]:
         if text.strip():
             found.append([role, shown(text.strip())])
     return found
-
-
-# ---- 3. Agreement ------------------------------------------------------------
-
-HEADS = ("name", "choices", "helpful", "red-team", "guesses", "with others", "with oneself",
-         "with the truth", "with the PM")
-NOTES = ("With others and with oneself: on the same prompt with the same two replies, on whichever "
-         "sides. With the truth: where the toy world knows the better reply. Guesses count here, "
-         "but the preference model does not learn from them (HH §2.2).")
-
-
-@dataclass
-class Rate:
-    hits: int = 0
-    cases: int = 0
-
-    def count(self, hits: int, cases: int = 1):
-        self.hits += hits
-        self.cases += cases
-
-
-class Row:
-    """The line of one person in the lecturer's table, or of everybody."""
-
-    def __init__(self, who: str):
-        self.who = who
-        self.choices, self.helpful, self.harmless, self.guesses = 0, 0, 0, 0
-        self.others, self.oneself, self.truth, self.pm = Rate(), Rate(), Rate(), Rate()
-
-    def rates(self) -> list[Rate]:
-        return [self.others, self.oneself, self.truth, self.pm]
-
-    def cells(self) -> list:
-        """Numbers, and pairs [agreements, cases]."""
-        found = [shown(self.who), self.choices, self.helpful, self.harmless, self.guesses]
-        return found + [[rate.hits, rate.cases] for rate in self.rates()]
-
-
-def table(records: list[dict], is_toy: bool, margins: dict[str, float]) -> dict:
-    """The lecturer's table. margins: {a choice's id: the PM's score of its chosen reply minus that
-    of its rejected one}; choices without one are left out of that column."""
-    everybody, people = Row("everybody"), {}
-    first_picks = defaultdict(dict)  # item -> {person: what they chose when they first saw it}
-    for record in records:
-        person = record["conversation"].rpartition("-")[0]
-        row = people.setdefault(person, Row(record["who"]))
-        parts, _ = split_comparison(record["chosen"], record["rejected"])
-        if parts is None:  # somebody has edited the file by hand
-            continue
-        prompt, chosen, rejected = parts
-        item = (record["kind"], prompt, frozenset((chosen, rejected)))
-        earlier = first_picks[item].setdefault(person, None)
-        if earlier is None:
-            first_picks[item][person] = chosen
-        gap = true_gap(prompt, chosen, rejected, record["kind"]) if is_toy else 0.0
-        for line in (row, everybody):
-            line.choices += 1
-            line.helpful += record["kind"] == "helpful"
-            line.harmless += record["kind"] == "harmless"
-            line.guesses += record["strength"] == 1
-            if earlier is not None:
-                line.oneself.count(earlier == chosen)
-            if gap:
-                line.truth.count(gap > 0)
-            if record["id"] in margins:
-                line.pm.count(margins[record["id"]] > 0)
-    for picks in first_picks.values():
-        votes = Counter(picks.values())
-        for person, pick in picks.items():
-            people[person].others.count(votes[pick] - 1, len(picks) - 1)
-        for n in votes.values():
-            everybody.others.hits += n * (n - 1) // 2  # here each two people count once
-        everybody.others.cases += len(picks) * (len(picks) - 1) // 2
-    rows = sorted((row.cells() for row in people.values()), key=lambda cells: cells[0].lower())
-    return {"heads": HEADS, "rows": rows + [everybody.cells()], "notes": NOTES}
-
-
-def true_gap(prompt: str, chosen: str, rejected: str, kind: str) -> float:
-    """How much better `chosen` is by the toy's ground truth, in nats; 0 if that is not known."""
-    better, worse = truth(prompt, chosen, kind), truth(prompt, rejected, kind)
-    return 0.0 if better is None or worse is None else better - worse

@@ -8,8 +8,7 @@ file stands between them and the network, and trusts nothing from there. Read it
   1. Server   how many may connect, for how long, and the addresses it answers to
   2. Handler  one request: what is refused, what is passed on, and the answer
   3. Secrets  the join code and the lecturer's key, which outlive the server
-  4. Judge    the lecturer's table, with the preference model's opinion
-  5. Command
+  4. Command
 """
 import argparse
 import base64
@@ -32,11 +31,10 @@ from pathlib import Path
 from run import (  # before torch: Ctrl-C prints no traceback
     UserError, errors_in_one_sentence, read_text, write_atomically)
 
+from agreement import Judge
 from choices import ChoiceFile
-from classroom import Classroom, Refusal, Replies, as_bytes, table
-from conversation import Scorer, Speaker
-from data import split_comparison
-from pm import wilson
+from classroom import Classroom, Refusal, Replies, as_bytes
+from conversation import Speaker
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY = 16_384   # bytes; the longest line of text, escaped, has 6,000
@@ -53,7 +51,7 @@ class Server(ThreadingHTTPServer):
     MAX_FROM_ONE_ADDRESS = 200    # a school may have one address for everybody
     LIFETIME = 90.0               # seconds; longer than anybody waits for replies
 
-    def __init__(self, host: str, port: int, room: Classroom, secret: "Secrets", judge: "Judge"):
+    def __init__(self, host: str, port: int, room: Classroom, secret: "Secrets", judge: Judge):
         """Raises UserError if the port or the address cannot be used."""
         self.room, self.secret, self.judge, self.page = room, secret, judge, Page(read_text(PAGE))
         self.open = {}  # connection -> (address, time at which it is closed)
@@ -191,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
         given, key = str(request.get("key")), self.server.secret.lecturer
         if not hmac.compare_digest(as_bytes(given), as_bytes(key)):
             raise Refusal(401, "This link is not the one that the lecturer's terminal shows.")
-        return self.server.judge.overview(self.server.room)
+        return self.server.judge.overview(self.server.room.records())
 
     # -- what is refused
 
@@ -285,60 +283,7 @@ class Secrets:
                             "joins anew") from None
 
 
-# ---- 4. Judge ----------------------------------------------------------------
-
-
-class Judge:
-    """The lecturer's table. The preference model is read when it appears, and again when it is
-    replaced: by one that learned from this class, for example."""
-
-    def __init__(self, folder: str, name: str, device: str, is_toy: bool):
-        self.folder, self.name, self.device, self.is_toy = folder, name, device, is_toy
-        self.lock = threading.Lock()
-        self.scorer, self.margins = None, {}  # a choice's id -> chosen minus rejected, in logits
-
-    def overview(self, room: Classroom) -> dict:
-        records = room.records()
-        with self.lock:  # one at a time: the second request finds the scores of the first
-            note = self.score(records)
-            found = table(records, self.is_toy, self.margins)
-        *people, everybody = found["rows"]
-        found["notes"] += note
-        found["summary"] = f"{len(records):,} choices by {len(people)} people."
-        for words, (hits, cases) in (("with each other", everybody[5]),
-                                     ("with the truth", everybody[7])):
-            if cases:
-                low, high = wilson(hits, cases)
-                found["summary"] += (f" Agreement {words}: {hits / cases:.0%} "
-                                     f"[{low:.0%}, {high:.0%}].")
-        return found
-
-    def score(self, records: list[dict]) -> str:
-        """Add the margins that are missing, and say which PM they are from."""
-        try:
-            if self.scorer is None or self.scorer.was_replaced():
-                self.scorer = Scorer(self.folder, self.name, self.device)
-                self.margins = {}
-        except UserError as error:
-            self.scorer, self.margins = None, {}
-            return f" No PM: {error}."
-        ids, prompts, chosen, rejected = [], [], [], []
-        for record in records:
-            parts, _ = split_comparison(record["chosen"], record["rejected"])
-            if parts is not None and record["id"] not in self.margins:
-                ids.append(record["id"])
-                prompts.append(parts[0])
-                chosen.append(parts[1])
-                rejected.append(parts[2])
-        if ids:
-            better, worse = self.scorer.score(prompts, chosen), self.scorer.score(prompts, rejected)
-            for i, a, b in zip(ids, better, worse):
-                if a is not None and b is not None:
-                    self.margins[i] = a - b
-        return f" PM: {self.scorer.label}."
-
-
-# ---- 5. Command --------------------------------------------------------------
+# ---- 4. Command --------------------------------------------------------------
 
 
 def addresses(host: str, port: int) -> list[str]:
