@@ -54,9 +54,9 @@ class Row:
         return found + [[rate.hits, rate.cases] for rate in self.rates()]
 
 
-def table(records: list[dict], is_toy: bool, margins: dict[str, float]) -> dict:
+def table(records: list[dict], is_toy: bool, margins: dict[str, float | None]) -> dict:
     """The lecturer's table. margins: {a choice's id: the PM's score of its chosen reply minus that
-    of its rejected one}; choices without one are left out of that column."""
+    of its rejected one}. Choices without a margin, or with None, do not count in that column."""
     everybody, people = Row("everybody"), {}
     first_picks = defaultdict(dict)  # item -> {person: what they chose when they first saw it}
     for record in records:
@@ -80,7 +80,7 @@ def table(records: list[dict], is_toy: bool, margins: dict[str, float]) -> dict:
                 line.oneself.count(earlier == chosen)
             if gap:
                 line.truth.count(gap > 0)
-            if record["id"] in margins:
+            if margins.get(record["id"]) is not None:
                 line.pm.count(margins[record["id"]] > 0)
     for picks in first_picks.values():
         votes = Counter(picks.values())
@@ -145,6 +145,5 @@ class Judge:
         if ids:
             better, worse = self.scorer.score(prompts, chosen), self.scorer.score(prompts, rejected)
             for i, a, b in zip(ids, better, worse):
-                if a is not None and b is not None:
-                    self.margins[i] = a - b
+                self.margins[i] = None if a is None or b is None else a - b
         return f" PM: {self.scorer.label}."

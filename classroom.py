@@ -280,8 +280,8 @@ class Classroom:
             raise Refusal(400, f"the strength is not a number from {UNSURE} to {SURE}")
         try:
             conversation, turn, kind, dialogue = self.prompt(person, request)
-        except Refusal:
-            if self.is_stored(person, request):
+        except Refusal as refusal:
+            if refusal.status == 409 and self.is_stored(person, request):
                 return self.state(token)
             raise
         pair = self.replies.pair(dialogue)
@@ -303,10 +303,9 @@ class Classroom:
 
     def is_stored(self, person: str, request: dict) -> bool:
         """Whether this turn has its choice: the page repeats one whose answer was lost."""
-        number, turn = request.get("number"), request.get("turn")
         with self.lock:
-            talk = self.talks.get(f"{person}-{number}", {})
-            return type(turn) is int and 1 <= turn < next_turn(talk)
+            talk = self.talks.get(f"{person}-{request['number']}", {})
+            return 1 <= request["turn"] < next_turn(talk)
 
     def records(self) -> list[dict]:
         with self.lock:

@@ -50,6 +50,7 @@ class Server(ThreadingHTTPServer):
     MAX_CONNECTIONS = 400
     MAX_FROM_ONE_ADDRESS = 200    # a school may have one address for everybody
     LIFETIME = 90.0               # seconds; longer than anybody waits for replies
+    CHECK_EVERY = 1.0             # seconds
 
     def __init__(self, host: str, port: int, room: Classroom, secret: "Secrets", judge: Judge):
         """Raises UserError if the port or the address cannot be used."""
@@ -86,7 +87,7 @@ class Server(ThreadingHTTPServer):
     def close_old_ones(self):
         """A client that sends a byte now and then never meets a timeout, but it meets this."""
         while True:
-            time.sleep(1.0)
+            time.sleep(self.CHECK_EVERY)
             now = time.monotonic()
             with self.guard:
                 for request, (_, end) in self.open.items():
@@ -140,7 +141,8 @@ class Page:
 
 class Handler(BaseHTTPRequestHandler):
     """One request. Everything but GET / and five POSTs of JSON is refused."""
-    timeout = 10.0  # seconds that the client may be silent
+    timeout = 10.0     # seconds that the client may be silent
+    WRONG_CODE = 1.0   # seconds until the answer; whoever tries all the codes needs years
     server: Server
 
     def do_GET(self):
@@ -173,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.server.room.join(request.get("name"), request.get("code"))
         except Refusal as refusal:
             if refusal.status == 403:
-                time.sleep(1.0)  # whoever tries all the codes needs years
+                time.sleep(self.WRONG_CODE)
             raise
 
     def state(self, request: dict) -> dict:
