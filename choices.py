@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Sequence
 
-from data import HUMAN, Comparison, parse, parse_json_object, read_comparisons
+from data import HUMAN, Comparison, counts_line, parse, parse_json_object, read_comparisons
 from run import UserError, check_is_file
 
 try:
@@ -204,22 +204,44 @@ class _LineFile:
 # ---- 3. Training -------------------------------------------------------------
 
 
-def people_comparisons(paths: Sequence[str]) -> tuple[list[Comparison], list[Comparison], Counter]:
-    """Read people's choices as comparisons -> (train, held out, a counter as read_comparisons has).
-    A choice that is in two of the files counts once. Raises UserError as read_comparisons does."""
-    train, held_out, seen, total = [], [], set(), Counter()
+def people_comparisons(paths: Sequence[str]) -> tuple[list[Comparison], list[Comparison]]:
+    """People's choices as comparisons -> (train, held out). Prints how many there are."""
+    train, held_out, counter = read_choices(paths)
+    if paths:
+        print(f"    people's choices: {counts_line(counter)}; {len(held_out):,} are held out")
+    return train, held_out
+
+
+def check_people(paths: Sequence[str], alone: bool):
+    """Raise UserError if there are files and no usable choice in them; or, for choices that are
+    used `alone`, if none is held out or all are."""
+    train, held_out, counter = read_choices(paths)
+    files = ", ".join(str(path) for path in paths)
+    if paths and not train + held_out:
+        raise UserError(f"no usable choice in {files} ({counts_line(counter)})")
+    if paths and alone and not (train and held_out):
+        raise UserError(f"{files}: too few conversations: one in eight is held out to measure the "
+                        f"PM, and of {len(train + held_out):,} choices here {len(held_out):,} are; "
+                        "collect more, or add the simulated ones (without --pm.helpful 0)")
+
+
+def read_choices(paths: Sequence[str]) -> tuple[list[Comparison], list[Comparison], Counter]:
+    """(train, held out, a counter like that of read_comparisons). A choice that is there twice
+    counts once. Raises UserError as read_comparisons does."""
+    train, held_out, seen, total = [], [], set(), Counter(read=0, kept=0)
     for path in paths:
-        kind = "harmless" if "harmless" in Path(path).name else "helpful"  # if a row does not say
+        kind = "harmless" if "harmless" in Path(path).name else "helpful"  # where no row says it
         found, counter = read_comparisons(path, kind)
-        total += counter
+        total.update(counter)
         for c in found:
             key = (c.conversation, c.prompt, c.chosen, c.rejected)
             if key in seen:
-                total["kept"] -= 1
-                total["in two files, or twice in one"] += 1
-                continue
+                total.update({"kept": -1, "there twice": 1})
+            elif is_held_out(c):
+                held_out.append(c)
+            else:
+                train.append(c)
             seen.add(key)
-            (held_out if is_held_out(c) else train).append(c)
     return train, held_out, total
 
 

@@ -65,6 +65,7 @@ RULES = {
                     "harmless_weight", "slots", "token_budget", "cd.documents", "pmp.pairs",
                     "pm.comparisons"),
     "at_most_one": ("gamma", "gae_lambda", "harmless_share"),
+    "aliases": {"pm.people": "--comparisons"},
 }
 
 # For the full HH-RLHF data, GPT-2 and one GPU. The rates are the paper's multiples (context

@@ -73,28 +73,33 @@ LARGEST_COUNT = 10**9  # of anything: a larger count is a typo
 
 
 def options(description: str, configs: dict, presets: dict | None = None,
-            may_be_zero: tuple[str, ...] = (), at_most_one: tuple[str, ...] = ()) -> dict:
+            may_be_zero: tuple[str, ...] = (), at_most_one: tuple[str, ...] = (),
+            aliases: dict[str, str] | None = None) -> dict:
     """Parse the command line -> {prefix: an instance of its dataclass}.
 
     configs: {prefix: dataclass}. Field `lr` of the prefix "rl" becomes --rl.lr; the fields of "run"
-    get no prefix. The comment after a field is its help text.
+    get no prefix. The comment after a field is its help text. An option for a list may be repeated.
     presets: {name: {"rl.lr": value, ...}}; options on the command line override it.
     may_be_zero, at_most_one: fields that may be 0, and fields that are at most 1. All numbers are
-    above 0 otherwise, and whole numbers other than seeds are at most LARGEST_COUNT. Raises
-    UserError for a number out of range."""
-    presets = presets or {}
+    above 0 otherwise, and whole numbers other than seeds are at most LARGEST_COUNT.
+    aliases: second names of options, {"rl.lr": "--lr"}. Raises UserError for a number out of
+    range."""
+    presets, aliases = presets or {}, aliases or {}
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help,
                                      epilog=_describe(presets))
     for prefix, config in configs.items():
         group = parser.add_argument_group(prefix)
         comments = _comments(config)
         for field in dataclasses.fields(config):
-            name = f"{prefix}.{field.name}"
+            name, default = f"{prefix}.{field.name}", field.default
+            flags = [flag(name)] + ([aliases[name]] if name in aliases else [])
             if field.type is bool:
                 kind = {"action": "store_true"}
+            elif field.type is list:
+                kind, default = {"action": "append", "metavar": "FILE"}, []
             else:
                 kind = {"type": field.type, "metavar": field.type.__name__.upper()}
-            group.add_argument(flag(name), dest=name, default=field.default,
+            group.add_argument(*flags, dest=name, default=default,
                                help=comments[field.name].replace("%", "%%"), **kind)
     given = vars(parser.parse_args())
     preset = given.get("run.preset")

@@ -31,6 +31,7 @@ import os
 import time
 from pathlib import Path
 from random import Random
+from typing import Sequence
 
 import torch
 from tqdm import tqdm
@@ -81,12 +82,13 @@ class Folder:
         result."""
         return self.has(self.pipeline[name][0]) and not self.has(f"{name}_state.pt")
 
-    def begin(self, name: str, cfg) -> "Stage | None":
+    def begin(self, name: str, cfg, data: Sequence[str] = ()) -> "Stage | None":
         """Return the stage, ready to run; or print a note and return None if --resume finds that it
-        is done. Raises UserError if the folder, or its state, was made with other options."""
+        is done. data: files that the stage reads besides its parents. Raises UserError if the
+        folder, or its state, was made with other options or files."""
         self.check_options()
         result_name, parent_names = self.pipeline[name]
-        stage = Stage(self, name, cfg, self.path(result_name), self.paths(parent_names))
+        stage = Stage(self, name, cfg, self.path(result_name), self.paths(parent_names), data)
         if self.resume and self.is_complete(name):
             self.check_parents(result_name, load(stage.result))
             print(f"nothing to resume: {stage.result} is there, and this stage is complete"
@@ -178,13 +180,16 @@ def read_config(out: Path) -> dict:
 class Stage:
     """One training stage of a folder. The docstring at the top of this file shows how to use it."""
 
-    def __init__(self, folder: Folder, name: str, cfg, result: Path, parents: list[Path]):
+    def __init__(self, folder: Folder, name: str, cfg, result: Path, parents: list[Path],
+                 data: Sequence[str] = ()):
         self.folder, self.name, self.cfg = folder, name, cfg
         self.result, self.parents = result, parents
         self.state_path = folder.path(f"{name}_state.pt")
         self.next_state_path = folder.path(f"{name}_state.next.pt")
         self.metrics_path = folder.path("metrics.jsonl")
+        self.data = list(data)
         self.parent_hash = file_hash(parents)  # taken before this run reads them
+        self.data_hash = file_hash(data)
         self.state: dict | None = None         # what an interrupted run saved
         self.first_step, self.n_steps = 0, 0
         self.n_lines = 0                       # lines of metrics.jsonl that this stage has written
@@ -212,6 +217,9 @@ class Stage:
         if state.get("parents") != self.parent_hash:
             raise UserError(f"{self.state_path} was not made with the present "
                             f"{_join(self.parents)}; delete it to start over")
+        if state.get("data", "") != self.data_hash:
+            raise UserError(f"{_join(self.data)} changed since {self.state_path} was made: restore "
+                            "what was there, or leave out --resume to start over")
         self.state = state
 
     def changes(self) -> str:
@@ -300,15 +308,15 @@ class Stage:
 
     def end(self, **content):
         """Write the result, and delete the state."""
-        save(self.result, **content, parents=self.parent_hash)
+        save(self.result, **content, parents=self.parent_hash, data=self.data_hash)
         self.state_path.unlink(missing_ok=True)
         self.next_state_path.unlink(missing_ok=True)  # left by an attempt that failed
         print(f"    -> {self.result}  ({time.perf_counter() - self.clock:.0f} s)")
 
     def _save_next_state(self, step: int):
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save(self.next_state_path, stage=self.name, parents=self.parent_hash, step=step,
-             lines=self.n_lines, parts=parts)
+        save(self.next_state_path, stage=self.name, parents=self.parent_hash, data=self.data_hash,
+             step=step, lines=self.n_lines, parts=parts)
 
     def _trim_metrics(self):
         """Drop the lines that this stage wrote after its last saved state (all, if it starts
@@ -354,5 +362,5 @@ def _changes(recorded: dict, now: dict, prefix: str) -> str:
     return "; ".join(words)
 
 
-def _join(paths: list[Path]) -> str:
+def _join(paths: Sequence) -> str:
     return " and ".join(str(path) for path in paths)

@@ -2,6 +2,7 @@
 
     python train_pm.py                       # the toy world
     python train_pm.py --data path/to/hh-rlhf
+    python train_pm.py --out out/toy-0 --comparisons choices.jsonl  # and people's (chat.py)
 
 3. Human comparisons are expensive. Preference-model pretraining (PMP; GL §4, HH App. A.2) first
    teaches the LM to be a preference model on cheap ones: the toy's forum posts with their upvotes,
@@ -22,7 +23,7 @@ Papers: HH = Bai et al. 2022 (arXiv 2204.05862), and every § or App. without a 
         GL = Askell et al. 2021 (arXiv 2112.00861), IG = Ouyang et al. 2022 (arXiv 2203.02155).
 """
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from run import (  # before torch: Ctrl-C prints no traceback
     UserError, autocast, check_finite, progress, tokens_at_once)
@@ -31,6 +32,7 @@ import torch
 
 import toy
 import toy_corpus
+from choices import check_people, people_comparisons
 from data import (HUMAN, Comparison, batches_by_length, counts_line, encode_comparison,
                   load_comparisons, pad, write_comparisons)
 from model import GPT
@@ -59,6 +61,7 @@ class PMConfig:
     helpful: int = 12000        # toy: comparisons on helpful prompts (HH static: 96k)
     harmless: int = 6000        # toy: comparisons on red-team prompts (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
+    people: list = field(default_factory=list)  # files of people's choices, added to the others
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices (toy.preference)
     max_response: int = 32      # toy: tokens of a sampled reply
     lr: float = 3e-4            # constant (§3.1), one epoch (App. A.2). 0.06 x the LM's (HH 0.01 x)
@@ -122,7 +125,9 @@ def sample_missing(run: Run, cfg: PMConfig, split: str):
 
 
 def comparisons(run: Run, cfg: PMConfig, split: str) -> list[Comparison]:
-    """The comparisons of one split, "train" or "test"."""
+    """The comparisons of one split, "train" or "test"; people's choices are not among them."""
+    if run.toy and cfg.helpful + cfg.harmless == 0:
+        return []  # people's choices alone
     if run.toy:
         sample_missing(run, cfg, split)
         return load_comparisons(run.path("comparisons"), split)[0]
@@ -149,7 +154,7 @@ class EncodedPairs:
 
 
 def encode(run: Run, found: list[Comparison]) -> EncodedPairs:
-    """Encode the comparisons that fit the context. Raises UserError if none does."""
+    """Encode the comparisons that fit the context. Raises UserError if there are, and none fits."""
     pairs = EncodedPairs([], [], [])
     end = [run.tok.end_of_context]
     for comparison in progress(found, "encode", "pairs"):
@@ -163,7 +168,7 @@ def encode(run: Run, found: list[Comparison]) -> EncodedPairs:
     if n_dropped:
         print(f"    dropped {n_dropped} of {len(found)}: a reply too long for the context of "
               f"{run.context}")
-    if not pairs.comparisons:
+    if found and not pairs.comparisons:
         raise UserError(f"no comparison fits a context of {run.context} tokens; try a larger "
                         "--context")
     return pairs
@@ -309,7 +314,7 @@ def margins(run: Run, cfg, pm: ScalarModel, pairs: EncodedPairs):
 
 def train(run: Run, cfg: PMConfig):
     """Train the PM. Reads initial.pt and pmp.pt, writes pm.pt."""
-    stage = run.begin("pm", cfg)
+    stage = run.begin("pm", cfg, data=cfg.people)
     if stage is None:
         return
     pm = run.prepare(run.load_model("pmp.pt"))
@@ -319,8 +324,9 @@ def train(run: Run, cfg: PMConfig):
             delete_comparisons(run)
     source = "replies of the initial policy, labeled by crowdworkers" if run.toy else run.cfg.data
     print(f"[4] preference model: {source}")
-    pairs = encode(run, comparisons(run, cfg, "train"))
-    test_pairs = encode(run, comparisons(run, cfg, "test"))
+    people_train, people_test = people_comparisons(cfg.people)
+    pairs = encode(run, comparisons(run, cfg, "train") + people_train)
+    test_pairs, people_pairs = encode(run, comparisons(run, cfg, "test")), encode(run, people_test)
     weights = torch.ones(len(pairs.chosen))
     for j, comparison in enumerate(pairs.comparisons):
         if comparison.kind == "harmless":  # red-team pairs weigh lambda (§5.1.2)
@@ -330,21 +336,30 @@ def train(run: Run, cfg: PMConfig):
                         "red-team comparisons")
     fit(run, stage, cfg, pm, pairs, weights)
 
-    chosen = score_rows(pm, test_pairs.chosen, cfg.token_budget, run.device)
-    rejected = score_rows(pm, test_pairs.rejected, cfg.token_budget, run.device)
+    scores = measure(run, cfg, stage, pm, test_pairs, "")
+    people_scores = measure(run, cfg, stage, pm, people_pairs, "people ")
+    if len(scores) == 0:  # people's choices alone
+        scores = people_scores
+    # App. B.2: subtract the mean on held-out replies, so that different PMs' scores are comparable.
+    pm.mean += scores.mean().to(run.device)
+    stage.end(**run.checkpoint(pm))
+
+
+def measure(run: Run, cfg: PMConfig, stage, pm: ScalarModel, pairs: EncodedPairs, source: str):
+    """Report the PM's accuracy on held-out comparisons -> the scores of their replies, (2 N,)."""
+    chosen = score_rows(pm, pairs.chosen, cfg.token_budget, run.device)      # (N,)
+    rejected = score_rows(pm, pairs.rejected, cfg.token_budget, run.device)  # (N,)
     for kind in ("helpful", "harmless", "all"):
         rows, labels = [], []
-        for j, comparison in enumerate(test_pairs.comparisons):
+        for j, comparison in enumerate(pairs.comparisons):
             if kind == "all" or kind == comparison.kind:
                 rows.append(j)
                 labels.append(comparison)
         if rows:
             result = report((chosen - rejected)[rows], labels)
-            print(f"    held-out {kind:8}: {result}")
-            stage.log(stage.n_steps, subset=kind, **vars(result))
-    # App. B.2: subtract the mean on held-out replies, so that different PMs' scores are comparable.
-    pm.mean += torch.cat([chosen, rejected]).mean().to(run.device)
-    stage.end(**run.checkpoint(pm))
+            print(f"    held-out {source + kind:8}: {result}")
+            stage.log(stage.n_steps, subset=source + kind, **vars(result))
+    return torch.cat([chosen, rejected])
 
 
 def delete_comparisons(run: Run):
@@ -360,6 +375,7 @@ def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl_max_res
     """Find out before any training whether stages 2 to 4 can run, as far as options and data tell;
     with rl_max_response, stage 5 too. Every command that trains a preference model calls this."""
     check_lm_early(run, cd)
+    check_people(pm.people, run.toy and pm.helpful + pm.harmless == 0)
     lengths = {}  # option -> tokens that a response may have
     if run.toy:
         lengths["--pm.max-response"] = pm.max_response
@@ -370,9 +386,9 @@ def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl_max_res
     if run.toy:
         if pmp.data:
             raise UserError("--pmp.data is for real data; the toy world has upvotes of its own")
-        if pm.helpful + pm.harmless == 0:
+        if pm.helpful + pm.harmless == 0 and not pm.people:
             raise UserError("--pm.helpful 0 --pm.harmless 0 leave nothing to train on")
-        if pm.helpful == 0 and pm.harmless_weight == 0:
+        if pm.helpful == 0 and pm.harmless_weight == 0 and not pm.people:
             raise UserError("--pm.helpful 0 --pm.harmless-weight 0 leave nothing to train on")
         run.checks.append(lambda: check_toy_prompts(run, lengths))
     else:
