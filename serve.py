@@ -221,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json(refusal.status, {"error": str(refusal)} | refusal.more)
         except UserError as error:  # a full disk, for example: the page tries again
             print(f"serve.py: {error}", file=sys.stderr)
-            self.send_json(507, {"error": str(error)})
+            self.send_json(507, {"error": "the server cannot store it; its terminal says why"})
         except OSError:
             raise  # the client is gone
         except Exception:
