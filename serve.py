@@ -80,6 +80,14 @@ class Server(ThreadingHTTPServer):
         return True
 
     def shutdown_request(self, request):
+        if request in self.open:  # if not, this is the thread that lets clients in
+            try:  # a connection that closes on unread bytes loses the answer, so read them
+                request.shutdown(socket.SHUT_WR)
+                request.settimeout(1.0)
+                while request.recv(MAX_BODY):
+                    pass
+            except OSError:
+                pass  # it is closed already, or the client is slow to close it
         with self.guard:
             self.open.pop(request, None)
         super().shutdown_request(request)
@@ -158,7 +166,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, self.server.page.body, "text/html; charset=utf-8")
 
     def post(self):
-        content = self.body()  # first: a connection that closes on unread bytes loses the answer
         self.check_origin()
         actions = {"/join": self.join, "/state": self.state, "/say": self.say,
                    "/choose": self.choose, "/class": self.overview}
@@ -166,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "there is nothing here")
         if self.headers.get_content_type() != "application/json":
             raise Refusal(415, "send JSON")  # another site's page may send text without asking
-        self.send_json(200, actions[self.path](json_object(content)))
+        self.send_json(200, actions[self.path](self.body()))
 
     # -- what is passed on
 
@@ -203,14 +210,20 @@ class Handler(BaseHTTPRequestHandler):
         if origin is not None and origin != f"http://{self.headers['Host']}":
             raise Refusal(403, "this request comes from another site's page")
 
-    def body(self) -> bytes:
+    def body(self) -> dict:
+        """The JSON object that was sent."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,9}", length):
             raise Refusal(411, "say how long the request is")
         if int(length) > MAX_BODY:
-            self.rfile.read(min(int(length), 20 * MAX_BODY))
             raise Refusal(413, f"the request has more than {MAX_BODY:,} bytes")
-        return self.rfile.read(int(length))
+        try:
+            found = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError):
+            raise Refusal(400, "the request is not JSON") from None
+        if not isinstance(found, dict):
+            raise Refusal(400, "the request is not a JSON object")
+        return found
 
     # -- the answer
 
@@ -250,16 +263,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         """No line for each request: they would hide what matters."""
-
-
-def json_object(content: bytes) -> dict:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        raise Refusal(400, "the request is not JSON") from None
-    if not isinstance(found, dict):
-        raise Refusal(400, "the request is not a JSON object")
-    return found
 
 
 # ---- 3. Secrets --------------------------------------------------------------
