@@ -225,11 +225,10 @@ class Classroom:
         if turn > MAX_TURNS:
             raise Refusal(422, "This conversation is long enough: go on with the next one.")
         if "suggest" in request:
-            attempt = request["suggest"]
-            return conversation, turn, kind, dialogue + self.suggestion(person, number, turn, kind,
-                                                                        attempt)
-        text = checked_line(request.get("text"), "line", MAX_TEXT)
-        return conversation, turn, kind, ask(dialogue, text)
+            dialogue += self.suggestion(person, number, turn, kind, request["suggest"])
+        else:
+            dialogue = ask(dialogue, checked_line(request.get("text"), "line", MAX_TEXT))
+        return conversation, turn, kind, dialogue
 
     def suggestion(self, person: str, number: int, turn: int, kind: str, attempt) -> str:
         """A prompt of the toy world. Of four conversations, the first opens with a prompt that
@@ -241,8 +240,7 @@ class Classroom:
             raise Refusal(422, "There are no more suggestions: write a line of your own.")
         block, place = divmod(number, 4)
         if turn == 1 and attempt == 0 and place in (0, 3):
-            return draw_prompt(rng(self.seed, "shared", kind, block), kind,
-                                          held_out=False)
+            return draw_prompt(rng(self.seed, "shared", kind, block), kind, held_out=False)
         generator = rng(self.seed, "own", person, number, turn, attempt)
         while True:
             prompt = draw_prompt(generator, kind, held_out=False)

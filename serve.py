@@ -27,6 +27,7 @@ import traceback
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 
 from run import (  # before torch: Ctrl-C prints no traceback
     UserError, errors_in_one_sentence, read_text, write_atomically)
@@ -68,6 +69,11 @@ class Server(ThreadingHTTPServer):
             raise UserError(f"cannot listen on --host {host} --port {port} ({reason}): use another "
                             "--port, or the address of this machine as --host") from None
         threading.Thread(target=self.close_old_ones, daemon=True).start()
+
+    def server_bind(self):
+        """Without the library's search for this machine's full name, which can take seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
     def verify_request(self, request, client_address) -> bool:
         """Whether there is room for another connection."""
