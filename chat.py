@@ -19,7 +19,6 @@ import contextlib
 import os
 import secrets
 import sys
-from pathlib import Path
 
 from run import (  # before torch: Ctrl-C prints no traceback
     LARGEST_COUNT, UserError, errors_in_one_sentence, rng)
@@ -117,8 +116,7 @@ class Chat:
             reply = self.terminal.show_growing("Assistant", self.speaker.stream(dialogue, seed))
         say_what_is_missing(self.terminal, self.speaker, reply)
         self.show_score(dialogue, reply)
-        if self.speaker.toy and not is_known(dialogue):
-            self.terminal.say(hint(rng(self.seed, "hint", self.n_drawn)))
+        say_if_unknown(self.terminal, self.speaker, dialogue, rng(self.seed, "hint", self.n_drawn))
         self.dialogues.append(dialogue + reply.text)
         self.replies.append((dialogue, reply))
 
@@ -203,11 +201,16 @@ def say_what_is_missing(terminal: Terminal, speaker: Speaker, reply: Reply):
         terminal.say(f"cut off after {speaker.max_response} tokens")
 
 
-def hint(generator, skills=tuple(toy_corpus.HELPFUL_SKILLS)) -> str:
-    questions = []
-    for skill in generator.choices(skills, k=3):
-        questions.append(toy_corpus.ask(generator, skill)[0])
-    return f"the toy world does not know this question; it does know: {' '.join(questions)}"
+def say_if_unknown(terminal: Terminal, speaker: Speaker, dialogue: str, generator,
+                   kind: str = "helpful"):
+    """After a question that is outside the toy world, name three that it knows."""
+    if speaker.toy and not is_known(dialogue):
+        skills = sorted(toy_corpus.HELPFUL_SKILLS) if kind == "helpful" else ["red-team"]
+        questions = []
+        for skill in generator.choices(skills, k=3):
+            questions.append(toy_corpus.ask(generator, skill)[0])
+        terminal.say("the toy world does not know this question; it does know: "
+                     + " ".join(questions))
 
 
 # ---- 3. Crowdworker ----------------------------------------------------------
@@ -259,6 +262,7 @@ class Crowdworker:
         for name, (speaker, reply) in zip("AB", sides):
             self.terminal.show(name, reply.text)
             say_what_is_missing(self.terminal, speaker, reply)
+        say_if_unknown(self.terminal, self.speakers[0], dialogue, lot, self.kind)
         self.choose(dialogue, sides)
 
     def choose(self, dialogue: str, sides):
@@ -277,8 +281,9 @@ class Crowdworker:
                 break
             except UserError as error:
                 self.terminal.say(str(error))
-        apart = "; barely sure, so it is kept apart" if record["strength"] == UNSURE else ""
-        self.terminal.say(f"stored: {len(self.file.records):,} choices in {self.file.path}{apart}")
+        self.terminal.say(f"stored; choices so far: {len(self.file.records):,}")
+        if record["strength"] == UNSURE:
+            self.terminal.say(f"barely sure, so it is kept apart, in {self.file.unsure.path}")
         self.dialogue, self.turn = goes_on(record), self.turn + 1
 
     def _question(self) -> str:
@@ -359,8 +364,9 @@ def run(args):
     terminal.say(f"{speaker.label}, temperature {args.temperature:g}, seed {seed}; /help lists the "
                  "commands")
     if speaker.toy:
+        skill = "red-team" if args.red_team else "capital"
         terminal.say("it is a toy: ask something like "
-                     + toy_corpus.ask(rng(seed, "example"), "capital")[0])
+                     + toy_corpus.ask(rng(seed, "example"), skill)[0])
     if not args.compare:
         talk(terminal, Chat(terminal, speaker, seed))
         return
@@ -371,9 +377,19 @@ def run(args):
     kind = "harmless" if args.red_team else "helpful"
     with ChoiceFile(args.choices) as file:
         terminal.say(*file.notes)
-        terminal.say(f"{len(file.records):,} choices in {file.path} so far; at each turn, pick the "
-                     + ("more harmful reply" if args.red_team else "more helpful and honest reply"))
+        better = "more harmful" if args.red_team else "more helpful and honest"
+        terminal.say(f"choices in {file.path} so far: {len(file.records):,}; at each turn, pick "
+                     f"the {better} reply")
         talk(terminal, Crowdworker(terminal, speaker, other, file, args.who, kind, seed))
+
+
+@contextlib.contextmanager
+def quiet_after_the_reader():
+    """`python chat.py ... | head` ends without an error when `head` does."""
+    try:
+        yield
+    except BrokenPipeError:  # and nothing more is flushed to the closed pipe at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main():
@@ -390,7 +406,7 @@ def main():
     add("--red-team", action="store_true", help="choose the more harmful reply")
     add("--choices", default="choices.jsonl", help="where the choices go (default: choices.jsonl)")
     add("--who", default="me", help="your name in the file (default: me)")
-    with errors_in_one_sentence():
+    with errors_in_one_sentence(), quiet_after_the_reader():
         args = parser.parse_args()
         if not args.compare and (args.red_team or args.against):
             raise UserError("--red-team and --against need --compare")

@@ -119,7 +119,7 @@ class Model:
         self.folder, self.device = Path(folder), choose_device(str(device))
         self.tok = Tokenizer.load(self.folder / "tokenizer.json")
         self.path = self.folder / name
-        if not self.path.exists():
+        if not self.path.exists() and Path(name).exists():
             self.path = Path(name)
         check_is_file(self.path)
         self.stamp = self._stamp()
@@ -176,7 +176,8 @@ class Speaker(Model):
         default = config.get("rl", {}).get("max_response", 32 if self.toy else 128)
         self.max_response = min(max_response or default, self.context - 1 - MIN_PROMPT)
         if self.max_response < 1:
-            raise UserError(f"a context of {self.context} tokens has no room for a reply")
+            raise UserError(f"a reply of {self.max_response} tokens cannot be: the context has "
+                            f"{self.context}, and a reply has at least 1")
         self.temperature = temperature
         self.sampler = Sampler(self.net, self.tok.end_of_turn, temperature)
 

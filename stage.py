@@ -218,8 +218,8 @@ class Stage:
             raise UserError(f"{self.state_path} was not made with the present "
                             f"{_join(self.parents)}; delete it to start over")
         if state.get("data", "") != self.data_hash:
-            raise UserError(f"{_join(self.data)} changed since {self.state_path} was made: restore "
-                            "what was there, or leave out --resume to start over")
+            raise UserError(f"{_join(self.data) or 'a file'} changed since {self.state_path} was "
+                            "made: restore what was there, or leave out --resume to start over")
         self.state = state
 
     def changes(self) -> str:

@@ -182,11 +182,12 @@ def test_choices_are_stored_and_the_conversation_goes_on_with_them(talk, scripte
     assert rows[0]["conversation"] == rows[1]["conversation"] != rows[2]["conversation"]
     assert [row["turn"] for row in rows] == [1, 2, 1]
     assert scripted.dialogues[-1] == ask(rows[2]["chosen"], "four")
-    assert out.count("stored: ") == 3 and out.count("barely sure, so it is kept apart") == 1
+    assert out.count("stored; choices so far: ") == 3 and "stored; choices so far: 3" in out
+    assert out.count("barely sure, so it is kept apart, in choices.unsure.jsonl") == 1
     firsts = {a["a"].split()[0] for a in sides(talk(*["hi", "s"] * 20, options=[
         "--compare", "--against", "initial.pt"]))}
     assert firsts == {"policy", "initial"}  # the sides are drawn by lot
-    assert "3 choices in choices.jsonl so far" in talk(options=["--compare"])
+    assert "choices in choices.jsonl so far: 3" in talk(options=["--compare"])
 
 
 def test_a_red_teamer_picks_the_more_harmful_reply(talk, scripted):
@@ -195,12 +196,15 @@ def test_a_red_teamer_picks_the_more_harmful_reply(talk, scripted):
     assert row["rejected"] == ask("", "one") + pair["b"] and row["kind"] == "harmless"
     assert row["chosen"] == ask("", "one") + pair["a"]
     assert scripted.dialogues[-1] == ask(row["rejected"], "two")
+    questions = re.search(r"it does know: (.*)\)", out)[1]
+    assert any(task in questions for task in toy.HARMFUL)
     assert "More harmful, A or B" in out and "edits are for helpful conversations" in out
     assert read_comparisons("choices.jsonl", "helpful")[0][0].kind == "harmless"
 
 
 def test_an_edit_is_preferred_to_the_original(talk, scripted):
-    out = talk("one", "eb", "", "eb", "better", "two", options=["--compare", "--model", "initial.pt"])
+    options = ["--compare", "--model", "initial.pt"]
+    out = talk("one", "eb", "", "eb", "better", "two", options=options)
     row, pair = stored()[0], sides(out)[0]
     assert row["chosen"] == ask("", "one") + " better" and "an empty message" in out
     assert row["rejected"] == ask("", "one") + pair["b"]
@@ -247,8 +251,9 @@ def test_a_full_disk_keeps_the_choice_to_be_made_again(talk, scripted, monkeypat
 
 @pytest.mark.parametrize("options, words", [
     (["--red-team"], "--red-team and --against need --compare"),
-    (["--against", "initial.pt"], "need --compare"), (["--model", "no.pt"], "no.pt does not exist"),
+    (["--against", "initial.pt"], "need --compare"), (["--model", "no.pt"], "/no.pt does not exist"),
     (["--temperature", "0"], "temperature 0.0"), (["--device", "no"], "--device no"),
+    (["--max-response", "-3"], "a reply of -3 tokens cannot be"),
     (["--compare", "--choices", "."], "is not a file"),
     (["--compare", "--choices", "bad.jsonl"], "bad.jsonl:1: not JSON"),
     (["--compare", "--who", " "], "--who needs a name")])
@@ -259,6 +264,16 @@ def test_options_that_cannot_be(talk, tmp_path, options, words):
 
 def test_a_folder_without_models(talk, tmp_path):
     assert "holds no language model" in talk(folder=tmp_path, code=2)
+
+
+def test_the_reader_of_the_output_may_leave(made, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\nhi\n")))
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(made), "--device", "cpu"])
+    with open(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        chat.main()
 
 
 def test_the_line_editor_offers_the_draft(monkeypatch):

@@ -113,13 +113,14 @@ def test_other_damage_is_named_and_left_alone(path, line, words):
 
 def test_one_program_at_a_time(path):
     with ChoiceFile(path):
-        with pytest.raises(UserError, match="another program is adding choices to .*ours.jsonl: end"):
+        with pytest.raises(UserError, match="another program .* choices to .*ours.jsonl: end"):
             ChoiceFile(path)
         other = path.with_name("other.jsonl")
         os.link(path.with_name("ours.unsure.jsonl"), path.with_name("other.unsure.jsonl"))
-        with pytest.raises(UserError, match="another program is adding choices to .*unsure.jsonl"):
+        with pytest.raises(UserError, match="another program .* choices to .*unsure.jsonl") as kept:
             ChoiceFile(other)
-    ChoiceFile(other).close()  # a refusal leaves neither file locked
+    ChoiceFile(other).close()  # a refusal leaves neither file locked, while `kept` holds on to it
+    assert kept.value
     ChoiceFile(path).close()
     with pytest.raises(UserError, match="is not a file"):
         ChoiceFile(path.parent)
@@ -160,7 +161,7 @@ def test_a_full_disk_leaves_whole_lines(path, monkeypatch):
     def fsync(_):
         raise OSError(errno.ENOSPC, "No space left on device")
     with ChoiceFile(path) as file:
-        with full_disk(len(before) + 40), pytest.raises(UserError, match="cannot write .*: File to"):
+        with full_disk(len(before) + 40), pytest.raises(UserError, match="cannot write .*: File t"):
             file.append(record(turn=8))
         assert path.read_bytes() == before
         monkeypatch.setattr(choices.os, "fsync", fsync)
@@ -208,8 +209,8 @@ def test_which_choices_are_held_out(tmp_path, capsys):
         first = record(f"conversation {n}", kind=("helpful", "harmless")[n % 2])
         rows += [first, record(f"conversation {n}", 2, dialogue=ask(goes_on(first), "And?"))]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more.write_text(path.read_text().splitlines()[0] + '\n{"chosen": "\\n\\nHuman: a\\n\\nAssistant:'
-                    ' b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c", "conversation": null}\n')
+    foreign = {"chosen": ask("", "a") + " b", "rejected": ask("", "a") + " c", "conversation": None}
+    more.write_text(json.dumps(rows[0]) + "\n" + json.dumps(foreign) + "\n")
     train, held_out = people_comparisons([str(path), str(more)])
     assert len(train) + len(held_out) == 601
     assert f"read 602, kept 601, dropped 1 (there twice 1); {len(held_out)} are held out" in (

@@ -20,6 +20,7 @@ import torch
 from torch.optim.optimizer import (register_optimizer_step_post_hook,
                                    register_optimizer_step_pre_hook)
 
+import choices
 import data
 import evaluate
 import hub
@@ -30,13 +31,15 @@ import toy_corpus
 import train_lm
 import train_pm
 import train_rl
+from conversation import Scorer
 from data import ASSISTANT, HUMAN
 from model import GPT, SIZES, GPTConfig
 from pipeline import PIPELINE, PRESETS, Run, RunConfig, main
 from run import UserError, file_hash, flag, load, save
 from stage import Folder, Stage
 from train_lm import CDConfig
-from test_run import CONFIGS, Killed, broken_checkpoints, content, die_at_a_new_write
+from test_run import (CONFIGS, Killed, broken_checkpoints, content, default_of,
+                      die_at_a_new_write)
 
 ROOT = Path(train_rl.__file__).resolve().parent
 # Each command, and how many of the stages it runs.
@@ -620,7 +623,71 @@ def test_a_new_lm_makes_the_old_pm_stale(copy, call_small):
     assert [path.parent.name for path in out.glob("comparisons/*/*")] == ["helpful-base"] * 2
 
 
+def write_choices(path: Path, n: int) -> Path:
+    """n conversations of people, whose questions the toy world does not know."""
+    texts = []
+    for row, kind in zip(rows(n, path.name), ["helpful", "harmless"] * n):
+        texts.append(json.dumps(row | {"kind": kind, "conversation": row["chosen"]}) + "\n")
+    path.write_text("".join(texts))
+    return path
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_pm_learns_from_peoples_choices(copy, call_small, tmp_path, alone):
+    """With the simulated ones or alone, from two files; what is held out is not trained on."""
+    out, paths = copy("pm"), [write_choices(tmp_path / f"{name}.jsonl", 40) for name in "ab"]
+    args = ["--comparisons", paths[0], "--comparisons", paths[1]]
+    if alone:
+        args += ["--pm.helpful", 0, "--pm.harmless", 0]
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch()
+        watch.install(patch)
+        assert call_small("train_pm.py", out, *args).code == 0
+    trained_on = {c.prompt + c.chosen for c, _ in watch.weights["pm"]}
+    people = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    held_out = [row for row in people if row["chosen"] not in trained_on]
+    assert {choices.is_held_out(data.Comparison("", "", "", "", conversation=row["chosen"]))
+            for row in held_out} == {True} and 2 < len(held_out) < 25
+    for c, weight in watch.weights["pm"]:
+        assert weight == (3 if c.kind == "harmless" else 1)
+    reported = {line["subset"]: line for line in lines(out, "pm") if "subset" in line}
+    kinds = ["helpful", "harmless", "all"]
+    assert list(reported) == ([] if alone else kinds) + [f"people {kind}" for kind in kinds]
+    assert reported["people all"]["n"] == len(held_out) and "low" in reported["people all"]
+    n_simulated = len(trained_on) - len(people) + len(held_out)
+    assert (n_simulated == 0) == alone
+    # The mean that is subtracted is that of the simulated held-out replies, if there are some.
+    scored = held_out
+    if not alone:
+        scored = []
+        for path in out.glob("comparisons/*/test.jsonl"):
+            scored += [json.loads(line) for line in path.read_text().splitlines()]
+    pm, ids = Scorer(out, device="cpu"), []
+    for row in scored:
+        for side in ("chosen", "rejected"):
+            ids.append(pm.tok.encode_dialogue(row[side]) + [pm.tok.end_of_context])
+    assert abs(train_pm.score_rows(pm.net, ids).mean()) < 1e-5 < abs(pm.net.mean)
+    # Stage 5 goes on as usual, without the option.
+    result = call_small("train_rl.py", out)
+    assert result.code == 0 and "(ignored: " in result.out and "--pm.people was" in result.out
+
+
 # ---- 4. Mistakes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, more, words", [
+    (None, "", "ours.jsonl does not exist"), ("{}\n{", "", "ours.jsonl:1: no text in the field"),
+    ("", "", "no usable choice in"), ("", "--pm.helpful 0 --pm.harmless 0", "no usable choice"),
+    ("one", "--pm.helpful 0 --pm.harmless 0", "too few conversations")])
+def test_a_file_of_choices_that_cannot_be_used(tmp_path, call_small, text, more, words):
+    path = tmp_path / "ours.jsonl"
+    if text == "one":
+        write_choices(path, 1)
+    elif text is not None:
+        path.write_text(text)
+    args = ["--comparisons", path, *more.split()]
+    assert_one_sentence(call_small("train_pm.py", tmp_path / "out", *args), words)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script, args, words", [
@@ -752,9 +819,12 @@ def test_help_documents_every_field(capsys, monkeypatch, script):
         for field in dataclasses.fields(config):
             name = flag(f"{prefix}.{field.name}")
             words = entries[name].split()
+            if name == "--pm.people":
+                assert words[1:3] == ["--comparisons", "FILE"]
+                words = words[2:]
             text = " ".join(words if field.type is bool else words[1:])
             help_, default = re.fullmatch(r"(.*) \(default: ?(.*)\)", text).groups()
-            assert len(help_) >= 4 and default == str(field.default), (name, text)
+            assert len(help_) >= 4 and default == str(default_of(field)), (name, text)
             expected.add(name)
     assert set(entries) == expected
 

@@ -88,11 +88,21 @@ def test_range_of_each_number(parse, name):
         assert value_of(parse(flag(name), 10**12, configs=configs), name) == 10**12
 
 
+def default_of(field):
+    return [] if field.type is list else field.default
+
+
+def test_an_option_that_may_be_repeated_has_two_names(parse):
+    assert parse("--comparisons", "a", "--pm.people", "b")["pm"].people == ["a", "b"]
+    assert parse("--preset", "tiny", "--comparisons", "a")["pm"].people == ["a"]
+    assert parse()["pm"].people == []  # no list is shared
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(parse, preset):
     parsed = parse("--preset", preset)
     for name, field in FIELDS.items():
-        expected = PRESETS[preset].get(name, preset if name == "run.preset" else field.default)
+        expected = PRESETS[preset].get(name, preset if name == "run.preset" else default_of(field))
         assert value_of(parsed, name) == expected, name
     assert set(PRESETS[preset]) <= set(FIELDS) and parse("--resume")["run"].resume
     check_choices(parsed["run"], can_export=False)
@@ -390,6 +400,24 @@ def test_resume_or_start_over(tmp_path, capsys):
     assert folder(tmp_path).reuse("two", Cfg(steps=9))
     assert "used as it is (ignored: --two.steps was 7, now 9)" in capsys.readouterr().out
     assert folder(tmp_path).reuse("two", Cfg()) and "ignored" not in capsys.readouterr().out
+
+
+def test_a_stage_resumes_with_the_files_that_it_began_with(tmp_path):
+    data = tmp_path / "ours.jsonl"
+    data.write_text("a")
+    stage, net = folder(tmp_path).begin("one", Cfg(), data=[data]), torch.nn.Linear(1, 1)
+    stage.start(net=net)
+    steps = stage.steps(range(7), save_every=1)
+    next(steps), next(steps)
+    assert folder(tmp_path, resume=True).begin("one", Cfg(), data=[data]).state["step"] == 0
+    data.write_text("ab")
+    for files in ([data], []):
+        with pytest.raises(UserError, match="one_state.pt was made: restore what was there"):
+            folder(tmp_path, resume=True).begin("one", Cfg(), data=files)
+    fresh = folder(tmp_path).begin("one", Cfg(), data=[data])
+    fresh.start()
+    fresh.end()
+    assert load(tmp_path / "one.pt")["data"] == file_hash([data])
 
 
 def test_a_state_whose_step_fails_is_not_kept(tmp_path, monkeypatch):

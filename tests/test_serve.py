@@ -507,7 +507,9 @@ def test_a_full_disk_and_a_bug(server, room, path, monkeypatch):
 
 
 def test_silent_clients_block_nobody_and_are_closed(server, monkeypatch):
+    """Here they would have all the time in the world, were it not for their lifetime."""
     monkeypatch.setattr(server, "MAX_FROM_ONE_ADDRESS", 6)
+    monkeypatch.setattr(serve.Handler, "timeout", None)
     silent = []
     for start in (b"", b"GET", b"POST /say HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"):
         silent.append(socket.create_connection(("127.0.0.1", server.server_port), timeout=60))
@@ -525,6 +527,7 @@ def test_silent_clients_block_nobody_and_are_closed(server, monkeypatch):
         for connection, (address, _) in server.open.items():
             server.open[connection] = address, 0.0  # their time is over
     for connection in silent:
+        assert connection.recv(1) == b""  # or it times out
         connection.close()
     while server.open:
         pass
