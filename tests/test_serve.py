@@ -527,7 +527,7 @@ def test_silent_clients_block_nobody_and_are_closed(server, monkeypatch):
         for connection, (address, _) in server.open.items():
             server.open[connection] = address, 0.0  # their time is over
     for connection in silent:
-        assert connection.recv(1) == b""  # or it times out
+        connection.recv(1)  # times out if nobody ends the connection
         connection.close()
     while server.open:
         pass
