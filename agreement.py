@@ -23,8 +23,8 @@ from data import split_comparison
 HEADS = ("name", "choices", "helpful", "red-team", "barely sure", "with others", "with oneself",
          "with the truth", "with the PM")
 NOTES = ("With others and with oneself: on the same prompt with the same two replies, on whichever "
-         "sides. With the truth: where the toy world knows the better reply. Choices of the "
-         "barely sure count here, but the preference model does not learn from them (HH §2.2).")
+         "sides. With the truth: where the toy world knows the better reply. Barely sure "
+         "choices count here, but the preference model does not learn from them (HH §2.2).")
 
 
 @dataclass
@@ -67,7 +67,7 @@ def table(records: list[dict], is_toy: bool, margins: dict[str, float | None]) -
         person = record["conversation"].rpartition("-")[0] or record["who"]  # who: of chat.py
         row = people.setdefault(person, Row(record["who"]))
         item = (record["kind"], prompt, frozenset((chosen, rejected)))
-        earlier = first_picks[item].setdefault(person, None)
+        earlier = first_picks[item].get(person)
         if earlier is None:
             first_picks[item][person] = chosen
         gap = true_gap(prompt, chosen, rejected, record["kind"]) if is_toy else 0.0

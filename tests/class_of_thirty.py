@@ -1,8 +1,8 @@
 """Thirty simulated people choose twenty times each, over the loopback; then again while the server
 is killed and started anew.
 
-    python tests/class_of_thirty.py out/toy-0        # nobody thinks: each answer is acted on at once
-    python tests/class_of_thirty.py out/toy-0 2      # each person thinks for 2 seconds on average
+    python tests/class_of_thirty.py out/toy-0      # nobody thinks before they act
+    python tests/class_of_thirty.py out/toy-0 2    # each person thinks for 2 seconds on average
 
 This is not part of the suite. It needs the folder of a finished toy run, which it only reads, and
 Linux or macOS. Of the choices, one in five is sent twice at the same moment, and one in five again
@@ -157,8 +157,8 @@ def hold_class(run: str, folder: Path, think: float, n_kills: int):
     table = server.post("/class", key=server.lecturer)
     server.kill()
     check(path, people)
-    print(f"{PEOPLE} people, {CHOICES} choices each, {think:g} s of thought, server killed {n_kills} "
-          f"times: {seconds:.0f} s; none lost, none doubled, all in order")
+    print(f"{PEOPLE} people, {CHOICES} choices each, {think:g} s of thought, server killed "
+          f"{n_kills} times: {seconds:.0f} s; none lost, none doubled, all in order")
     for what in ("replies", "choice"):
         waits = sorted(wait for person in people for wait in person.waits[what])
         at = {share: waits[int(share * (len(waits) - 1))] for share in (0.5, 0.95, 1)}

@@ -178,7 +178,8 @@ def test_requests_that_fit_no_turn(room, path, status, fields):
 
 @pytest.mark.parametrize("status, fields", [
     (400, {"side": 2}), (400, {"side": True}), (400, {"side": None}), (400, {"strength": 0}),
-    (400, {"strength": 5}), (400, {"strength": 2.0}), (409, {"pair": "other"}), (409, {"pair": []})])
+    (400, {"strength": 5}), (400, {"strength": 2.0}), (409, {"pair": "other"}),
+    (409, {"pair": []})])
 def test_what_a_choice_may_not_be(room, path, status, fields):
     token = ann_in_turn_4(room)
     request = about(number=1, turn=4)
@@ -198,8 +199,8 @@ def test_a_conversation_has_an_end(room, monkeypatch):
     choose(room, token, number=1)
 
 
-@pytest.mark.parametrize("text", ["", "  ", "x" * 501, "a\n\nAssistant: b", "\x1b[2J", "\x85", "\ud83d",
-                                  None, 7])
+@pytest.mark.parametrize("text", ["", "  ", "x" * 501, "a\n\nAssistant: b", "\x1b[2J", "\x85",
+                                  "\ud83d", None, 7])
 def test_lines_that_are_refused(room, text):
     refused(400, room.say, room.join("Ann", "")["token"], about(text=text))
 
@@ -250,7 +251,7 @@ def test_the_join_code(path):
 
 def test_a_new_server_knows_what_the_file_knows(path):
     """The choices are all that the second Classroom gets; the barely sure ones are apart."""
-    other = choice_record(PROMPT, " a", " b", "helpful", "Cleo", 4, ["m", "m"], [0, 0], "of chat", 1)
+    other = choice_record(PROMPT, " a", " b", "helpful", "Cleo", 4, ["m", "m"], [0, 0], "chat", 1)
     with ChoiceFile(path) as choices:
         choices.append(other)
         room = Classroom(choices, start_replies(), b"key")
@@ -511,7 +512,7 @@ def test_silent_clients_block_nobody_and_are_closed(server, monkeypatch):
     monkeypatch.setattr(server, "MAX_FROM_ONE_ADDRESS", 6)
     monkeypatch.setattr(serve.Handler, "timeout", None)
     silent = []
-    for start in (b"", b"GET", b"POST /say HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"):
+    for start in (b"", b"GET", b"POST /say HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"):
         silent.append(socket.create_connection(("127.0.0.1", server.server_port), timeout=60))
         silent[-1].sendall(start)
     assert request(server, "GET", "/", None)[0] == 200
