@@ -36,6 +36,7 @@ from data import (HUMAN, Comparison, batches_by_length, counts_line, encode_comp
 from model import GPT
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_rows
+from record import of_pm
 from rollout import rollout
 from train_lm import (CDConfig, LMConfig, check_early as check_lm_early, ensure as ensure_lm,
                       set_lr)
@@ -342,6 +343,7 @@ def train(run: Run, cfg: PMConfig):
             result = report((chosen - rejected)[rows], labels)
             print(f"    held-out {kind:8}: {result}")
             stage.log(stage.n_steps, subset=kind, **vars(result))
+    stage.log_record(stage.n_steps, **of_pm(test_pairs.comparisons, chosen - rejected))
     # App. B.2: subtract the mean on held-out replies, so that different PMs' scores are comparable.
     pm.mean += torch.cat([chosen, rejected]).mean().to(run.device)
     stage.end(**run.checkpoint(pm))
