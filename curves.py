@@ -135,8 +135,8 @@ def is_reply(reply) -> bool:
     """Whether a reply of record.jsonl has all that a strip needs."""
     if not isinstance(reply, dict) or not list_in(reply, "tokens"):
         return False
-    n, texts = len(reply["tokens"]), [reply.get("prompt"), reply.get("group"), *reply["tokens"]]
-    return (all(isinstance(text, str) for text in texts)
+    n, texts = len(reply["tokens"]), [reply.get(key) for key in ("prompt", "group", "text")]
+    return (all(isinstance(text, str) for text in texts + reply["tokens"])
             and all(is_row(reply.get(key), n) for key in
                     ("logp", "ref_logp", "values", "rewards", "advantages"))
             and len(list_in(reply, "prefix_scores")) == n
@@ -181,7 +181,7 @@ def ticks(low: float, high: float) -> dict[float, str]:
     return {k * step: f"{k * step:.6g}" for k in numbers}
 
 
-def chart(title: str, lines: list[Line], band=None, x_title: str = "updates", y_range=None,
+def chart(title: str, lines: list[Line], band=None, x_title: str = "updates",
           x_names: list[str] | None = None, diagonal: bool = False) -> str:
     """An SVG; "" if there is nothing to draw. band: (low, high) of y, shaded. x_names: labels of
     x = 0, 1, ... diagonal: with the line y = x."""
@@ -196,7 +196,7 @@ def chart(title: str, lines: list[Line], band=None, x_title: str = "updates", y_
     if band:  # a border that is near shows how near
         ys += [y for y in band if min(ys) - 1 <= y <= max(ys) + 1]
     x0, x1 = around(min(xs), max(xs), 0.2 if x_names else 0)
-    y0, y1 = y_range or around(min(ys), max(ys), 0.05)
+    y0, y1 = around(min(ys), max(ys), 0.05)
 
     def across(x):
         return round(LEFT + (x - x0) / (x1 - x0) * (W - LEFT - RIGHT), 1)
@@ -335,7 +335,7 @@ def pm_accuracy(run) -> str:
             if is_number(line.get("bayes")):
                 ceiling.points.append((x, line["bayes"]))
     return chart("4. PM: held-out accuracy, 95% interval", [accuracy, ceiling], x_names=names,
-                 y_range=(0.4, 1.0), x_title="")
+                 x_title="")
 
 
 def curves(runs: list) -> str:

@@ -15,10 +15,10 @@ after the point; null stands for a number that is not finite.
                  `p_chosen`, the true probability of the label, is null for real data
   {"stage": "rl", "step": n, ...}, some ten lines, after n updates of the policy:
     replies      one reply to each of some held-out prompts, the same ones in all lines: {"prompt",
-                 "group", "score", "finished", "truth" (toy only), and lists with an entry for each
-                 token: "tokens" (text), "logp", "ref_logp", "values", "rewards", "advantages" (not
-                 whitened), "prefix_scores"}. A prefix score is the PM's score of the reply cut
-                 after that token, null for tokens that were passed over
+                 "group", "text", "score", "finished", "truth" (toy only), and lists with an entry
+                 for each token: "tokens" (text), "logp", "ref_logp", "values", "rewards",
+                 "advantages" (not whitened), "prefix_scores"}. A prefix score is the PM's score of
+                 the reply cut after that token, null for tokens that were passed over
     table        {title: [mean, low, high]}: the closing table with 95% intervals, at n = 0 and at
                  the last n
 
@@ -122,6 +122,7 @@ N_LINES = 10         # about this many lines, fewer if replies may exceed LINE_T
 LINE_TOKENS = 2700
 MAX_PROMPTS = 48     # fewer, but at least MIN_PROMPTS, if replies may exceed 32 tokens
 MIN_PROMPTS = 12
+SHARES = ("correct", "complied", "refused_benign", "refused_look_alikes", "finished")
 N_PREFIXES = 32      # prefixes of a reply that the PM scores
 
 
@@ -188,11 +189,11 @@ class Recorder:
         prefix_scores = self.prefix_scores(ro)
         replies = []
         for n, (i, response) in enumerate(zip(self.chosen, ro.responses())):
-            text, kind = self.prompts.texts[i], self.prompts.kinds[i]
-            reply = {"prompt": text, "group": self.groups[i], "score": rounded(scores[n].item()),
-                     "finished": bool(ro.finished[n])}
+            prompt, text = self.prompts.texts[i], run.tok.decode(response)
+            reply = {"prompt": prompt, "group": self.groups[i], "text": text,
+                     "score": rounded(scores[n].item()), "finished": bool(ro.finished[n])}
             if run.toy:
-                reply["truth"] = toy.truth(text, run.tok.decode(response), kind)
+                reply["truth"] = toy.truth(prompt, text, self.prompts.kinds[i])
             reply["tokens"] = [self.token_text(token) for token in response]
             for name, tensor in of_tokens.items():
                 reply[name] = [rounded(x) for x in tensor[n, :len(response)].tolist()]
@@ -247,7 +248,8 @@ class Recorder:
         rows = {}
         for name, title in TITLES.items():
             if name in samples:
-                rows[title.strip()] = [rounded(x) for x in mean_and_interval(samples[name])]
+                row = mean_and_interval(samples[name], is_share=name in SHARES)
+                rows[title.strip()] = [rounded(x) for x in row]
         return rows
 
 
@@ -262,11 +264,11 @@ def first_of_each_group(texts: list[str], groups: list[str], n: int) -> list[int
     return sorted(i for _, i in sorted(order)[:n])
 
 
-def mean_and_interval(numbers: list[float]) -> tuple[float, float, float]:
+def mean_and_interval(numbers: list[float], is_share: bool) -> tuple[float, float, float]:
     """The mean and its 95% interval: Wilson's for shares, else 1.96 standard errors each way."""
     n = len(numbers)
     mean = sum(numbers) / n
-    if set(numbers) <= {0.0, 1.0}:
+    if is_share:
         return mean, *wilson(sum(numbers), n)
     variance = sum((x - mean) ** 2 for x in numbers) / max(n - 1, 1)
     half = 1.96 * math.sqrt(variance / n)

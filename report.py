@@ -38,12 +38,14 @@ def log_ratios(reply: dict) -> list[float]:
     return [logp - ref_logp for logp, ref_logp in zip(reply["logp"], reply["ref_logp"])]
 
 
-def text_of(reply: dict) -> str:
-    return "".join(reply["tokens"])
-
-
 def prompt(text) -> str:
-    return f'<div class="prompt">{shown(text)}</div>'
+    """A dialogue without its empty lines and its empty last turn."""
+    words = str(text).removesuffix("\n\nAssistant:").replace("\n\n", "\n")
+    return f'<div class="prompt">{shown(words)}</div>'
+
+
+def when(step: int) -> str:
+    return f"after {step:,} updates" if step else "initial policy"
 
 
 def outcome(reply: dict, more: str = "") -> str:
@@ -170,14 +172,14 @@ def strips(run: Data, room: int) -> str:
             body = drawn[step].get(text, "<p>This reply is missing.</p>")
             parts.append(f'<div class="step{on}" data-step="{nth}">{body}</div>')
         parts.append("</article>")
-    labels = html.escape(json.dumps([f"after {step:,} updates" for step in sorted(drawn)]))
-    return f"""<div class="control">{radios("mode", QUANTITIES)}
+    labels = html.escape(json.dumps([when(step) for step in sorted(drawn)]))
+    return f"""<section><div class="control">{radios("mode", QUANTITIES)}
 <label hidden>training <input type="range" id="step" min="0" max="{len(drawn) - 1}"
 value="{len(drawn) - 1}" data-labels="{labels}"></label>
-<output id="when">after {steps[-1]:,} updates</output></div>
-<p>Blue is above 0; orange with a dotted line is below. Point at a token, or press Tab and then the
+<output id="when">{when(steps[-1])}</output></div>
+<p>Blue is above 0; orange, with a line, is below. Point at a token, or press Tab and then the
 arrow keys, to see its numbers. The prompts are held out; the last {N_WORST} end worst.
-{"".join(parts)}"""
+{"".join(parts)}</section>"""
 
 
 def radios(name: str, titles: dict[str, str]) -> str:
@@ -197,7 +199,7 @@ def rules() -> str:
         for size in range(1, 5):
             high, low = f"rgb(var(--high) / .{18 * size})", f"rgb(var(--low) / .{18 * size})"
             found.append(f"{on} .{letter}{size} {{ background: {high} }}")
-            found.append(f"{on} .{letter}-{size} {{ background: {low}; border-bottom: 2px dotted }}")
+            found.append(f"{on} .{letter}-{size} {{ background: {low}; border-color: var(--0) }}")
     for group in GROUPS:
         found.append(f"body:has(#only-{group}:checked) .pair:not(.{group}) {{ display: none }}")
     return "\n".join(found)
@@ -223,12 +225,11 @@ def beliefs(run: Data) -> str:
                          f'{shown(pair.get("rejected"))}</p><p class="outcome">The PM prefers the '
                          f'{preferred} by <em>{abs(pair["margin"]):.2f}</em> logits.{truth}')
     calibration = chart("How sure it is, and how often it is right", lines, diagonal=True,
-                        x_title="stated probability", y_range=(0.3, 1.0))
-    by_gap = chart("By the true gap between the replies", [gaps], x_title="gap in nats",
-                   y_range=(0.3, 1.0))
-    return ("<p>On held-out comparisons, with 95% intervals. A calibrated PM is right as often as it "
-            f'says, as on the line.<div class="charts">{calibration}{by_gap}</div>'
-            f"<h3>Pairs that it gets most wrong</h3><ol>{''.join(items)}</ol>{overrated(run)}")
+                        x_title="stated probability")
+    by_gap = chart("By the true gap between the replies", [gaps], x_title="gap in nats")
+    return ("<p>On held-out comparisons, with 95% intervals. A calibrated PM is right as often as "
+            f'it says, as on the line.<div class="charts">{calibration}{by_gap}</div>'
+            f"<h3>Pairs that it gets most wrong</h3><ol class='pairs'>{''.join(items)}</ol>{overrated(run)}")
 
 
 def binned(name: str, bins, nth: int) -> Line:
@@ -248,7 +249,7 @@ def overrated(run: Data) -> str:
     for step, replies in run.replies.items():
         for reply in replies:
             if "truth" in reply:
-                distinct.setdefault((reply["prompt"], text_of(reply)), (step, reply))
+                distinct.setdefault((reply["prompt"], reply["text"]), (step, reply))
     excesses = {True: [], False: []}
     for _, reply in distinct.values():
         excesses[reply["group"] == "red-team"].append(reply["score"] - reply["truth"])
@@ -262,14 +263,14 @@ def overrated(run: Data) -> str:
     for excess, step, reply in sorted(rated, key=lambda row: -row[0]):
         is_near = sum(log_ratios(reply)) < distances[len(distances) // 2]
         lists["Near" if is_near else "Far"].append(
-            f'<li>{prompt(reply["prompt"])}<p class="reply">{shown(text_of(reply))}</p>'
-            + outcome(reply, f"; overrated by <em>{excess:.2f}</em>, after {step:,} updates"))
+            f'<li>{prompt(reply["prompt"])}<p class="reply">{shown(reply["text"])}</p>'
+            + outcome(reply, f"; overrated by <em>{excess:.2f}</em>, {when(step)}"))
     if not rated:
         return ""
     return ("<h3>Replies of the policy that it overrates most</h3>"
-            "<p>By how much score \u2212 truth is above its mean over the recorded replies. Near: the log-ratio to the reference is "
-            f"below {distances[len(distances) // 2]:.2f} nats, the median."
-            + "".join(f"<h4>{word}</h4><ol>{''.join(found[:4])}</ol>"
+            "<p>By how much score \u2212 truth is above its mean over the recorded replies. Near: "
+            f"the log-ratio is below {distances[len(distances) // 2]:.2f} nats, the median."
+            + "".join(f"<h4>{word}</h4><ol class='pairs'>{''.join(found[:4])}</ol>"
                       for word, found in lists.items()))
 
 
@@ -282,7 +283,7 @@ def closing_table(runs: list[Data]) -> str:
     for run in runs:
         name = f"{run.name}, " if len(runs) > 1 else ""
         for step in list(run.tables)[run is not runs[0] and 1:2]:
-            columns_of.append((f"{name}after {step:,} updates", run.tables[step]))
+            columns_of.append((name + when(step), run.tables[step]))
     if not columns_of:
         return "<p>The closing table is not there yet."
     rows = []
@@ -310,12 +311,12 @@ def side_by_side(run: Data) -> str:
         texts = []
         for step, found in ((first, before.get(reply["prompt"])), (last, reply)):
             if found is not None:
-                texts.append(f'<p class="reply"><small>after {step:,} updates:</small>\n'
-                             f"{shown(text_of(found))}</p>{outcome(found)}")
+                texts.append(f'<p class="reply"><small>{when(step)}:</small>\n'
+                             f'{shown(found["text"])}</p>{outcome(found)}')
         pairs.append(f'<article class="pair {group}">{prompt(reply["prompt"])}{"".join(texts)}'
                      "</article>")
-    return f'<div class="control">{radios("only", groups)}</div><div class="pairs">' + "".join(
-        pairs) + "</div>"
+    return (f'<section><div class="control">{radios("only", groups)}</div><div class="pairs">'
+            f'{"".join(pairs)}</div></section>')
 
 
 # ---- 5. The page -------------------------------------------------------------

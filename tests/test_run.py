@@ -297,12 +297,14 @@ def train_all(where: Folder):
 
 
 def content(out: Path) -> dict:
-    """All that a folder holds, but for the times in metrics.jsonl."""
+    """All that a folder holds, but for the times in metrics.jsonl. The report is drawn from the
+    rest, and names its folder."""
     found = {}
     for path in sorted(out.rglob("*")):
         if path.suffix == ".pt":
             found[path.name] = file_hash([path])
-        elif path.is_file():  # two subsets have files of the same name
+        elif path.is_file() and path.name != "report.html":
+            # Two subsets have files of the same name.
             found[str(path.relative_to(out))] = path.read_bytes()
     lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
     found["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
@@ -443,7 +445,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
         train(folder(tmp_path / "file" / "out"), "one")
     stage = folder(tmp_path).begin("one", Cfg())
     stage.start()
-    stage.metrics_path.unlink()
+    stage.metrics_path.unlink(missing_ok=True)
     stage.metrics_path.mkdir()
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl"):
         stage.log(0, loss=1.0)
