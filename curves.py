@@ -91,7 +91,7 @@ def read(folder: Path) -> Data:
         if good:
             run.replies[line["step"]] = good
     if n_damaged:
-        notes.append(f"{n_damaged} replies of record.jsonl are damaged and left out.")
+        notes.append(f"Damaged replies of record.jsonl, left out: {n_damaged}.")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         config = json.loads((folder / "config.json").read_text("utf-8", "replace"))
         run.options = {name: x for name, x in config["rl"].items() if is_number(x)}
@@ -119,7 +119,7 @@ def read_lines(path: Path, notes: list[str]) -> list[dict]:
         else:
             n_damaged += text.strip() != ""
     if n_damaged:
-        notes.append(f"{n_damaged} lines of {path.name} are damaged or half-written and left out.")
+        notes.append(f"Damaged or half-written lines of {path.name}, left out: {n_damaged}.")
     return found
 
 

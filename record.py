@@ -118,12 +118,13 @@ def worst_pairs(comparisons: list[Comparison], margins: list[float]) -> list[dic
 # ---- 2. RL -------------------------------------------------------------------
 
 # Limits that keep record.jsonl below 2 MB and the time below 2% of a run's.
-N_LINES = 10         # about this many lines, fewer if replies may exceed LINE_TOKENS tokens
-LINE_TOKENS = 2700
+MAX_TOKENS = 30_000  # in all lines together; a token takes some 60 bytes
+MAX_LINES = 11
 MAX_PROMPTS = 48     # fewer, but at least MIN_PROMPTS, if replies may exceed 32 tokens
 MIN_PROMPTS = 12
-SHARES = ("correct", "complied", "refused_benign", "refused_look_alikes", "finished")
 N_PREFIXES = 32      # prefixes of a reply that the PM scores
+# The rows of the closing table that are shares; the others are means.
+SHARES = ("correct", "complied", "refused_benign", "refused_look_alikes", "finished")
 
 
 def group_of(prompt: str, kind: str, is_toy: bool) -> str:
@@ -150,10 +151,10 @@ class Recorder:
         self.groups = []
         for text, kind in zip(prompts.texts, prompts.kinds):
             self.groups.append(group_of(text, kind, run.toy))
-        n_lines = max(2, min(N_LINES, LINE_TOKENS // cfg.max_response))
-        self.every = math.ceil(cfg.iterations / n_lines)
-        n_prompts = MAX_PROMPTS * 32 // max(cfg.max_response, 32)
-        self.chosen = first_of_each_group(prompts.texts, self.groups, max(n_prompts, MIN_PROMPTS))
+        n_prompts = max(MAX_PROMPTS * 32 // max(cfg.max_response, 32), MIN_PROMPTS)
+        self.chosen = first_of_each_group(prompts.texts, self.groups, n_prompts)
+        n_lines = max(2, min(MAX_LINES, MAX_TOKENS // (n_prompts * cfg.max_response)))
+        self.every = math.ceil(cfg.iterations / (n_lines - 1))
 
     def is_due(self, n_updates: int) -> bool:
         """Whether to record after this many updates. (After the last one it is always done.)"""

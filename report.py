@@ -161,8 +161,9 @@ def strips(run: Data, room: int) -> str:
     for step in dict.fromkeys([steps[-1], steps[0], *steps[::4], *steps[::2], *steps]):
         bodies = {r["prompt"]: strip(r, scale, run.options) for r in kept[step]}
         room -= n_bytes("".join(bodies.values()))
-        if not drawn or room > 0:
-            drawn[step] = bodies
+        if drawn and room < 0:
+            break
+        drawn[step] = bodies
     parts = []
     for text in chosen:
         group = next(r["group"] for r in kept[steps[-1]] if r["prompt"] == text)
@@ -229,7 +230,8 @@ def beliefs(run: Data) -> str:
     by_gap = chart("By the true gap between the replies", [gaps], x_title="gap in nats")
     return ("<p>On held-out comparisons, with 95% intervals. A calibrated PM is right as often as "
             f'it says, as on the line.<div class="charts">{calibration}{by_gap}</div>'
-            f"<h3>Pairs that it gets most wrong</h3><ol class='pairs'>{''.join(items)}</ol>{overrated(run)}")
+            '<h3>Pairs that it gets most wrong</h3><ol class="pairs">'
+            f"{''.join(items)}</ol>{overrated(run)}")
 
 
 def binned(name: str, bins, nth: int) -> Line:
