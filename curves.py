@@ -361,7 +361,9 @@ def curves(runs: list) -> str:
 
 # ---- 6. Hero -----------------------------------------------------------------
 
+HERO_TEXT = 64  # characters of a line, at most
 HERO_STYLE = """text{font:11px system-ui,sans-serif;fill:#808080}.title,.who{font-weight:600}
+.say{font-size:9.5px}
 .end{text-anchor:end}.mid{text-anchor:middle}.grid{stroke:#808080;opacity:.3}
 .c0{fill:#d9822b}.c1{fill:#2a7fba}"""
 
@@ -383,17 +385,17 @@ def score_and_truth(runs: list) -> str:
 
 def hero(run) -> str:
     """The README's picture, in colors that are right on white and on dark: the chart, and below it
-    the last one-turn dialogue of samples.txt, before and after."""
+    the last dialogue of samples.txt that has one turn and fits, before and after."""
     words = []
     pattern = r"(Human:.*?)\n\nAssistant:\n {4}initial:([^\n]*)\n {4}RLHF:([^\n]*)"
     for prompt, before, after in re.findall(pattern, run.samples, re.S):
-        if "\n" not in prompt:
+        if "\n" not in prompt and max(map(len, (prompt, before, after))) <= HERO_TEXT:
             words = [("Human", prompt[6:]), ("initial policy", before), ("RLHF policy", after)]
     texts = []
     for nth, (who, text) in enumerate(words):
-        texts.append(f'<text x="8" y="{H + 16 + 17 * nth}"><tspan class="who">{who}:</tspan> '
-                     f"{shown(text, most=60)}</text>")
+        texts.append(f'<text x="8" y="{H + 14 + 15 * nth}" class="say"><tspan class="who">{who}:'
+                     f"</tspan> {shown(text)}</text>")
     svg = score_and_truth([run]) or f'<svg viewBox="0 0 {W} {H}"></svg>'
     svg = svg.replace(f'<svg viewBox="0 0 {W} {H}"', '<svg xmlns="http://www.w3.org/2000/svg" '
-                      f'viewBox="0 0 {W} {H + 20 * len(texts)}" width="640"', 1)
+                      f'viewBox="0 0 {W} {H + 17 * len(texts)}" width="640"', 1)
     return svg.replace("</svg>", f"{''.join(texts)}<style>{HERO_STYLE}</style></svg>")

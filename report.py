@@ -131,7 +131,8 @@ def arithmetic(reply: dict, options: dict) -> str:
     for t, token in enumerate(reply["tokens"][:MAX_TOKENS]):
         numbers = (reply["logp"][t], reply["ref_logp"][t], k[t], rewards[t], values[t], deltas[t],
                    advantages[t], advantages[t] + values[t], prefixes[t])
-        cells = [f"<td>{x:.3f}" if is_number(x) else "<td>" for x in numbers]
+        # The sum turns -0.0 into 0.0.
+        cells = [f"<td>{round(x, 3) + 0.0:.3f}" if is_number(x) else "<td>" for x in numbers]
         rows.append(f"<tr><td>{token_text(token)}{''.join(cells)}")
     head = "<th>".join((
         "token", "log \u03c0", "log \u03c0<sub>ref</sub>", "log-ratio k", "reward r", "value V",
@@ -284,7 +285,8 @@ def closing_table(runs: list[Data]) -> str:
     columns_of = []
     for run in runs:
         name = f"{run.name}, " if len(runs) > 1 else ""
-        for step in list(run.tables)[run is not runs[0] and 1:2]:
+        steps = list(run.tables)
+        for step in steps if run is runs[0] else steps[-1:]:
             columns_of.append((name + when(step), run.tables[step]))
     if not columns_of:
         return "<p>The closing table is not there yet."
@@ -304,7 +306,7 @@ def closing_table(runs: list[Data]) -> str:
 def side_by_side(run: Data) -> str:
     if not run.replies:
         return ""
-    first, *_, last = [*run.replies, *run.replies]
+    first, last = min(run.replies), max(run.replies)
     before = {reply["prompt"]: reply for reply in run.replies[first]}
     groups, pairs = {"all": "all"}, []
     for reply in run.replies[last]:

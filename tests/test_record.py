@@ -35,13 +35,15 @@ def test_a_line_holds_what_training_computes(monkeypatch):
                     gamma=0.9, gae_lambda=0.8, iterations=4)
     prompts = Prompts(run, 6, 0.5).held_out(12)
     monkeypatch.setattr(record, "N_PREFIXES", 3)
+    monkeypatch.setattr(record, "MAX_PROMPTS", 9)
+    monkeypatch.setattr(record, "MIN_PROMPTS", 1)
     recorder = Recorder(run, cfg, reference, pm, prompts)
     assert "table" not in recorder.content(2, policy, critic)
     content = json.loads(json.dumps(recorder.content(4, policy, critic)))
     uniforms = torch.rand(18, 6, generator=torch_rng(0, "eval"))
     ro = plain_rollout(policy, prompts.ids, uniforms, TOK.end_of_turn, 0.7)
     finished = [reply["finished"] for reply in content["replies"]]
-    assert 0 < sum(finished) < len(finished) == len(set(prompts.texts))
+    assert 0 < sum(finished) < len(finished) == 9 < len(set(prompts.texts))
     for reply in content["replies"]:
         n = prompts.texts.index(reply["prompt"])
         response, ids = ro.responses()[n], prompts.ids[n]

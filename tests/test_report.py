@@ -197,12 +197,13 @@ def test_the_readme_is_the_source_of_what_is_healthy():
 
 def test_curves_are_drawn_of_all_that_is_logged(tmp_path, monkeypatch):
     run = read(make_run(tmp_path))
-    for line in run.metrics:
+    for line in run.metrics[1:4]:
         for panels in PANELS.values():
             for _, numbers in panels:
                 line |= {key: 1.0 for _, key in numbers if line["stage"] == "rl"}
     run.metrics += [{"stage": stage, "step": 0, "loss": 1.0, "kl": 1.0}
                     for stage in ("lm", "cd", "pmp", "pm")]
+    assert run.points("rl", "sqrt_kl")[4] == (4, 1.0)
     text = curves.curves([run])
     for title in [title for panels in PANELS.values() for title, _ in panels]:
         assert f'aria-label="{title}' in text
@@ -276,7 +277,8 @@ def test_a_page_of_two_runs_and_the_commands(tmp_path, monkeypatch, capsys):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     (a / "samples.txt").write_text("Human: Hi.\n\nAssistant: Yo.\n\nHuman: x?\n\nAssistant:\n"
                                    "    initial: two turns\n    RLHF:    no\n\nHuman: <one>?\n\n"
-                                   "Assistant:\n    initial: old\n    RLHF:    new\n")
+                                   "Assistant:\n    initial: old\n    RLHF:    new\n\n"
+                                   f"Human: x?\n\nAssistant:\n    initial: {LONG}\n    RLHF: \n")
 
     def call(*args) -> int:
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args)])

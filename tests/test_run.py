@@ -284,6 +284,8 @@ def train(where: Folder, name: str, cfg=Cfg()) -> list[int] | None:
         loss.backward()
         optimizer.step()
         stage.log(step, every=4, loss=loss.item())
+        if step % 2 == 0:
+            stage.log_record(step, loss=loss.item())
         done.append(step)
     stage.log(cfg.steps, norm=net.weight.norm().item(), nothing=float("nan"))
     stage.end(model=net.state_dict())
@@ -350,12 +352,12 @@ def test_killed_at_each_write_and_resumed(tmp_path, monkeypatch, before_odd):
         if (tmp_path / "killed" / "metrics.jsonl").exists():
             with open(tmp_path / "killed" / "metrics.jsonl", "ab") as file:  # broken lines, and
                 file.write(b'\xff\n5\n{"step": 1}\n[]\n{"stage": "two", "lo')  # one half written
-    # config, metrics, and of three stages: the result, the empty state, and the states 0, 3 and 6,
-    # which wait as "next" until their step is done
-    assert deaths == 2 + 3 * 8
+    # config, metrics, record, and of three stages: the result, the empty state, and the states 0,
+    # 3 and 6, which wait as "next" until their step is done
+    assert deaths == 3 + 3 * 8
     assert content(tmp_path / "killed") == expected
-    assert set(expected) == {".lock", "config.json", "metrics.jsonl", "one.pt", "two.pt",
-                             "three.pt"}
+    assert set(expected) == {".lock", "config.json", "metrics.jsonl", "record.jsonl", "one.pt",
+                             "two.pt", "three.pt"}
     lines = [line for line in expected["metrics.jsonl"] if line["stage"] == "two"]
     assert [line["step"] for line in lines] == [0, 0, 4, 6, 7] and "before" in lines[0]
     assert "loss" in lines[1] and lines[-1]["nothing"] is None  # JSON has no NaN
