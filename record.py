@@ -120,7 +120,7 @@ def worst_pairs(comparisons: list[Comparison], margins: list[float]) -> list[dic
 # Limits that keep record.jsonl below 2 MB and the time below 2% of a run's.
 MAX_TOKENS = 30_000  # in all lines together; a token takes some 60 bytes
 MAX_LINES = 11
-MAX_PROMPTS = 48     # fewer, but at least MIN_PROMPTS, if replies may exceed 32 tokens
+MAX_PROMPTS = 48     # and at most a fifth of an iteration's; if replies may exceed 32 tokens, fewer
 MIN_PROMPTS = 12
 N_PREFIXES = 32      # prefixes of a reply that the PM scores
 # The rows of the closing table that are shares; the others are means.
@@ -151,7 +151,8 @@ class Recorder:
         self.groups = []
         for text, kind in zip(prompts.texts, prompts.kinds):
             self.groups.append(group_of(text, kind, run.toy))
-        n_prompts = max(MAX_PROMPTS * 32 // max(cfg.max_response, 32), MIN_PROMPTS)
+        n_prompts = min(MAX_PROMPTS * 32 // max(cfg.max_response, 32), cfg.batch // 5)
+        n_prompts = max(n_prompts, MIN_PROMPTS)
         self.chosen = first_of_each_group(prompts.texts, self.groups, n_prompts)
         n_lines = max(2, min(MAX_LINES, MAX_TOKENS // (n_prompts * cfg.max_response)))
         self.every = math.ceil(cfg.iterations / (n_lines - 1))

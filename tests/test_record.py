@@ -114,6 +114,9 @@ def test_a_run_is_recorded_some_ten_times_and_in_less_than_2_mb(iterations, max_
     # A token takes five numbers such as "-10.1234, " and a word; a prompt and the rest 1,000 bytes.
     n_bytes = (len(due) + 2) * len(recorder.chosen) * (max_response * 60 + 1000)
     assert len(recorder.chosen) >= 12 and n_bytes < 2e6  # though no reply ends by itself
+    cfg.batch = 100  # the time of a line is that of a part of an iteration
+    few = Recorder(StubRun(toy=False), cfg, None, None, prompts).chosen
+    assert len(few) == min(20, len(recorder.chosen))
 
 
 def test_what_a_pm_believes_by_hand():
