@@ -203,7 +203,7 @@ def test_curves_are_drawn_of_all_that_is_logged(tmp_path, monkeypatch):
                 line |= {key: 1.0 for _, key in numbers if line["stage"] == "rl"}
     run.metrics += [{"stage": stage, "step": 0, "loss": 1.0, "kl": 1.0}
                     for stage in ("lm", "cd", "pmp", "pm")]
-    assert run.points("rl", "sqrt_kl")[4] == (4, 1.0)
+    assert run.points("rl", "sqrt_kl")[9] == (9, 1.5)
     text = curves.curves([run])
     for title in [title for panels in PANELS.values() for title, _ in panels]:
         assert f'aria-label="{title}' in text
