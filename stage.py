@@ -325,10 +325,10 @@ class Stage:
     def _trim(self, path: Path, n_saved: int):
         """Drop the lines that this stage wrote after its last saved state (all, if it starts
         over), and the lines of the stages that depend on it."""
-        if not path.exists():
-            return
         descendants = self.folder.descendants(self.name)
-        lines = read_text(path).splitlines()
+        lines = []
+        if path.exists():
+            lines = read_text(path).splitlines()
         kept, n_own = [], 0
         for line in lines:
             try:

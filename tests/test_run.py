@@ -368,7 +368,7 @@ def interrupted(out: Path, name: str):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         seen = {(str(out / f"{name}_state.pt"), step) for step in (None, 0, 3)}
         seen |= {(str(out / f"{name}_state.next.pt"), step) for step in (0, 3)}
-        seen |= {str(out / file) for file in ("metrics.jsonl", "config.json")}
+        seen |= {str(out / file) for file in ("metrics.jsonl", "record.jsonl", "config.json")}
         die_at_a_new_write(patch, seen, before_odd=False)
         train(folder(out), name)
 
@@ -447,7 +447,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
         train(folder(tmp_path / "file" / "out"), "one")
     stage = folder(tmp_path).begin("one", Cfg())
     stage.start()
-    stage.metrics_path.unlink(missing_ok=True)
+    stage.metrics_path.unlink()
     stage.metrics_path.mkdir()
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl"):
         stage.log(0, loss=1.0)
