@@ -14,7 +14,7 @@ This file knows nothing about models or RLHF. A trainer uses a stage like this (
     stage.end(model=pm.state_dict())  # write the result, then delete the state
 
 While it runs, a stage keeps <stage>_state.pt. --resume restores from this file the networks, the
-optimizer, the step and the number of metrics lines. No generator state is needed: step 30 of a
+optimizer, the step and the number of lines logged. No generator state is needed: step 30 of a
 resumed run draws the random numbers that step 30 always draws (run.rng). Without --resume the
 stage starts over.
 
@@ -189,12 +189,14 @@ class Stage:
         self.state_path = folder.path(f"{name}_state.pt")
         self.next_state_path = folder.path(f"{name}_state.next.pt")
         self.metrics_path = folder.path("metrics.jsonl")
+        self.record_path = folder.path("record.jsonl")
         self.data = list(data)
         self.parent_hash = file_hash(parents)  # taken before this run reads them
         self.data_hash = file_hash(data)
         self.state: dict | None = None         # what an interrupted run saved
         self.first_step, self.n_steps = 0, 0
         self.n_lines = 0                       # lines of metrics.jsonl that this stage has written
+        self.n_records = 0                     # lines of record.jsonl
         self.parts = {}                        # name -> what is trained: anything with a state_dict
         self.bar = None
         self.clock = time.perf_counter()
@@ -263,13 +265,15 @@ class Stage:
                 for name, part in parts.items():
                     part.load_state_dict(self.state["parts"][name])
                 self.first_step, self.n_lines = self.state["step"], self.state["lines"]
+                self.n_records = self.state.get("records", 0)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 if is_out_of_memory(error):
                     raise
                 raise UserError(f"{self.state_path} does not fit this stage "
                                 f"({first_sentence(error)}); delete it to start over") from None
             self.state = None  # frees the memory
-        self._trim_metrics()
+        self._trim(self.metrics_path, self.n_lines)
+        self._trim(self.record_path, self.n_records)
 
     def resumed_note(self) -> str:
         return f", from step {self.first_step}" if self.first_step else ""
@@ -303,13 +307,15 @@ class Stage:
         for name, number in numbers.items():
             line[name] = _plain(number)
         line["seconds"] = round(time.perf_counter() - self.clock, 2)
-        try:
-            with open(self.metrics_path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.metrics_path}: {error.strerror}") from None
+        self._append(self.metrics_path, line)
         if self.bar is not None and every > 1:  # a stage that logs each step prints lines instead
             self.bar.set_postfix(numbers)
+
+    def log_record(self, step: int, **content):
+        """Append a line to record.jsonl. record.py says what the lines hold."""
+        self.n_records += 1
+        if is_first():
+            self._append(self.record_path, {"stage": self.name, "step": step} | content)
 
     def end(self, **content):
         """Write the result, and delete the state."""
@@ -327,19 +333,26 @@ class Stage:
             return
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save(self.next_state_path, stage=self.name, parents=self.parent_hash, data=self.data_hash,
-             step=step, lines=self.n_lines, parts=parts)
+             step=step, lines=self.n_lines, records=self.n_records, parts=parts)
 
     def _adopt_next_state(self):
         if is_first():
             os.replace(self.next_state_path, self.state_path)
 
-    def _trim_metrics(self):
+    def _append(self, path: Path, line: dict):
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+    def _trim(self, path: Path, n_saved: int):
         """Drop the lines that this stage wrote after its last saved state (all, if it starts
         over), and the lines of the stages that depend on it."""
         descendants = self.folder.descendants(self.name)
         lines = []
-        if self.metrics_path.exists():
-            lines = read_text(self.metrics_path).splitlines()
+        if path.exists():
+            lines = read_text(path).splitlines()
         kept, n_own = [], 0
         for line in lines:
             try:
@@ -350,10 +363,10 @@ class Stage:
                 continue
             if line_stage == self.name:
                 n_own += 1
-                if n_own > self.n_lines:
+                if n_own > n_saved:
                     continue
             kept.append(line + "\n")
-        write_atomically(self.metrics_path, "".join(kept).encode())
+        write_atomically(path, "".join(kept).encode())
 
 
 def _plain(number, digits: int | None = 6):

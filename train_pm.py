@@ -39,6 +39,7 @@ from data import (HUMAN, Comparison, counts_line, encode_comparison, load_compar
 from model import GPT
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length
+from record import of_pm
 from rollout import rollout
 from train_lm import (CDConfig, LMConfig, check_early as check_lm_early, ensure as ensure_lm,
                       set_lr)
@@ -339,7 +340,9 @@ def train(run: Run, cfg: PMConfig):
     scores = measure(run, cfg, stage, pm, test_pairs, "")
     people_scores = measure(run, cfg, stage, pm, people_pairs, "people ")
     if len(scores) == 0:  # people's choices alone
-        scores = people_scores
+        scores, test_pairs = people_scores, people_pairs
+    chosen, rejected = scores.chunk(2)
+    stage.log_record(stage.n_steps, **of_pm(test_pairs.comparisons, chosen - rejected))
     # App. B.2: subtract the mean on held-out replies, so that different PMs' scores are comparable.
     pm.mean += scores.mean().to(run.device)
     stage.end(**run.checkpoint(pm))
@@ -350,13 +353,9 @@ def measure(run: Run, cfg: PMConfig, stage, pm: ScalarModel, pairs: EncodedPairs
     chosen = score_rows(pm, pairs.chosen, cfg.token_budget, run.device)      # (N,)
     rejected = score_rows(pm, pairs.rejected, cfg.token_budget, run.device)  # (N,)
     for kind in ("helpful", "harmless", "all"):
-        rows, labels = [], []
-        for j, comparison in enumerate(pairs.comparisons):
-            if kind == "all" or kind == comparison.kind:
-                rows.append(j)
-                labels.append(comparison)
+        rows = [j for j, c in enumerate(pairs.comparisons) if kind in ("all", c.kind)]
         if rows:
-            result = report((chosen - rejected)[rows], labels)
+            result = report((chosen - rejected)[rows], [pairs.comparisons[j] for j in rows])
             print(f"    held-out {source + kind:8}: {result}")
             stage.log(stage.n_steps, subset=source + kind, **vars(result))
     return torch.cat([chosen, rejected])

@@ -9,8 +9,8 @@ This is the place to start reading:
   2. Training   the loop around it, which is also step 7
 From `Learner.iterate`, follow the calls down into ppo.py, pm.py, rollout.py and model.py.
 
-The command first runs any earlier stage whose result is missing. It writes policy.pt and
-samples.txt to the output folder.
+The command first runs any earlier stage whose result is missing. It writes policy.pt, samples.txt
+and report.html to the output folder.
 
 Legend:  N responses   R response tokens
 """
@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import hub
+import report
 from checks import (
     check_frozen, check_rewards, check_rollout, checksum, log_line, rollout_statistics)
 from evaluate import Prompts, evaluate, mean_truth, side_by_side, table, with_eval_prefix
@@ -32,6 +33,7 @@ from pipeline import Run, RunConfig, main
 from pm import ScalarModel
 from ppo import (Experience, PPOConfig, all_logprobs, all_values, gae, pm_scores, shaped_rewards,
                  update, whiten)
+from record import Recorder
 from rollout import Sampler
 from train_lm import CDConfig, LMConfig
 from train_pm import PMConfig, PMPConfig, check_early, ensure
@@ -126,8 +128,10 @@ def train(run: Run, cfg: RLConfig):
     before, replies_before = evaluate(run, cfg, reference, reference, pm, held_out)
     stage.start(policy=learner.policy, critic=learner.critic, optimizer=learner.optimizer)
     print(f"[5] RLHF: {cfg.iterations} iterations of {cfg.batch} responses" + stage.resumed_note())
-    if stage.n_lines == 0:  # a resumed run has this line already
+    recorder = Recorder(run, cfg, reference, pm, held_out)  # for report.py
+    if stage.n_lines == 0:  # a resumed run has these lines already
         stage.log(0, **with_eval_prefix(before))
+        stage.log_record(0, **recorder.content(0, reference, learner.critic))
     for iteration, _ in stage.steps(range(cfg.iterations), save_every=cfg.save_every, unit="it"):
         start = time.perf_counter()
         statistics = learner.iterate(prompts, iteration)
@@ -140,10 +144,15 @@ def train(run: Run, cfg: RLConfig):
             statistics |= with_eval_prefix(numbers)
             tqdm.write(side_by_side(held_out, replies_before, replies, n_each=1))
         stage.log(n_updates, **statistics)
+        if recorder.is_due(n_updates):
+            stage.log_record(n_updates, **recorder.content(n_updates, learner.policy,
+                                                           learner.critic))
 
     after, replies_after = evaluate(run, cfg, learner.policy, reference, pm, held_out)
     # A line of its own: the policy is that of line cfg.iterations, with no further update.
     stage.log(cfg.iterations + 1, **with_eval_prefix(after))
+    stage.log_record(cfg.iterations, **recorder.content(cfg.iterations, learner.policy,
+                                                        learner.critic))
     dialogues = side_by_side(held_out, replies_before, replies_after)
     write_atomically(run.path("samples.txt"), dialogues.encode())
     print(f"\n{dialogues}\n{table(before, after)}")
@@ -154,8 +163,9 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
     folder = Run(run, can_export=True)  # `run` holds the options, `folder` is the Run
     folder.check_memory(lm, cd, pmp, pm, rl)
     check_early(folder, cd, pmp, pm, rl.max_response)
-    ensure(folder, lm, cd, pmp, pm)
-    train(folder, rl)
+    with report.written_at_the_end(folder.out):
+        ensure(folder, lm, cd, pmp, pm)
+        train(folder, rl)
     if run.export and is_first():
         hub.export_gpt2(folder.load_model("policy.pt", device="cpu"), run.export, folder.tok)
         print(f"    -> {run.export}, for transformers")

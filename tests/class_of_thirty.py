@@ -11,7 +11,6 @@ conversation goes on from what was picked, and prints how long people waited.
 """
 import http.client
 import json
-import os
 import random
 import re
 import signal

@@ -166,6 +166,10 @@ class Watch:
         def evaluated(run, cfg, *models):
             self.training = False
             self.judges.append([id(model) for model in models[:3]])
+
+        def recorded(*_):
+            self.training = False
+
         def named(folder, *name):
             self.names.setdefault(name, set()).add(self.stage)
 
@@ -186,6 +190,7 @@ class Watch:
         before(train_pm, "score_rows", lambda pm, rows, *_: self.see(rows, training=False))
         before(train_rl.Learner, "iterate", iterate)
         before(train_rl, "evaluate", evaluated)
+        before(train_rl.Recorder, "content", recorded)
         before(train_rl, "side_by_side", lambda prompts, *replies: self.shown.append(replies))
         before(train_rl, "table", lambda *numbers: self.tables.append(numbers))
         sample = rollout.Sampler.__call__
@@ -267,7 +272,7 @@ def test_a_whole_run_leaves_its_files_and_rests_on_parents(trained):
     out = trained[0]
     names = {path.name for path in out.rglob("*") if path.is_file()}
     assert names == {".lock", "config.json", "tokenizer.json", "metrics.jsonl", "samples.txt",
-                     "train.jsonl", "test.jsonl", *RESULTS.values()}
+                     "record.jsonl", "report.html", "train.jsonl", "test.jsonl", *RESULTS.values()}
     assert len(list(out.glob("comparisons/*/*.jsonl"))) == 4
     for stage, (result, parents) in PIPELINE.items():
         assert trained[1].loaded.get(stage, set()) == set(parents)

@@ -294,6 +294,8 @@ def train(where: Folder, name: str, cfg=Cfg()) -> list[int] | None:
         loss.backward()
         optimizer.step()
         stage.log(step, every=4, loss=loss.item())
+        if step % 2 == 0:
+            stage.log_record(step, loss=loss.item())
         done.append(step)
     stage.log(cfg.steps, norm=net.weight.norm().item(), nothing=float("nan"))
     stage.end(model=net.state_dict())
@@ -307,12 +309,14 @@ def train_all(where: Folder):
 
 
 def content(out: Path) -> dict:
-    """All that a folder holds, but for the times in metrics.jsonl."""
+    """All that a folder holds, but for the times in metrics.jsonl. The report is drawn from the
+    rest, and names its folder."""
     found = {}
     for path in sorted(out.rglob("*")):
         if path.suffix == ".pt":
             found[path.name] = file_hash([path])
-        elif path.is_file():  # two subsets have files of the same name
+        elif path.is_file() and path.name != "report.html":
+            # Two subsets have files of the same name.
             found[str(path.relative_to(out))] = path.read_bytes()
     lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
     found["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
@@ -358,12 +362,12 @@ def test_killed_at_each_write_and_resumed(tmp_path, monkeypatch, before_odd):
         if (tmp_path / "killed" / "metrics.jsonl").exists():
             with open(tmp_path / "killed" / "metrics.jsonl", "ab") as file:  # broken lines, and
                 file.write(b'\xff\n5\n{"step": 1}\n[]\n{"stage": "two", "lo')  # one half written
-    # config, metrics, and of three stages: the result, the empty state, and the states 0, 3 and 6,
-    # which wait as "next" until their step is done
-    assert deaths == 2 + 3 * 8
+    # config, metrics, record, and of three stages: the result, the empty state, and the states 0,
+    # 3 and 6, which wait as "next" until their step is done
+    assert deaths == 3 + 3 * 8
     assert content(tmp_path / "killed") == expected
-    assert set(expected) == {".lock", "config.json", "metrics.jsonl", "one.pt", "two.pt",
-                             "three.pt"}
+    assert set(expected) == {".lock", "config.json", "metrics.jsonl", "record.jsonl", "one.pt",
+                             "two.pt", "three.pt"}
     lines = [line for line in expected["metrics.jsonl"] if line["stage"] == "two"]
     assert [line["step"] for line in lines] == [0, 0, 4, 6, 7] and "before" in lines[0]
     assert "loss" in lines[1] and lines[-1]["nothing"] is None  # JSON has no NaN
@@ -374,7 +378,7 @@ def interrupted(out: Path, name: str):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         seen = {(str(out / f"{name}_state.pt"), step) for step in (None, 0, 3)}
         seen |= {(str(out / f"{name}_state.next.pt"), step) for step in (0, 3)}
-        seen |= {str(out / file) for file in ("metrics.jsonl", "config.json")}
+        seen |= {str(out / file) for file in ("metrics.jsonl", "record.jsonl", "config.json")}
         die_at_a_new_write(patch, seen, before_odd=False)
         train(folder(out), name)
 

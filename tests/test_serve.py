@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
