@@ -146,7 +146,7 @@ def test_a_training_step_takes_what_is_stated(cfg, recompute):
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):  # at the second step, Adam has its moments
             optimizer.zero_grad(set_to_none=True)
-            ids = torch.zeros(1024 // 64, 64, dtype=torch.long)
+            ids = torch.zeros(1280 // 64, 64, dtype=torch.long)  # tokens_at_once
             hidden = model(ids).flatten(0, 1)
             token_logprobs(model, hidden, ids.flatten()).sum().backward()
             optimizer.step()

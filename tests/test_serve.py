@@ -588,9 +588,15 @@ def tiny_run(folder: Path):
     (folder / "config.json").write_text('{"run": {"data": "toy"}}')
 
 
+def heed_ctrl_c():
+    """A shell's background jobs, and their children, ignore Ctrl-C. Perhaps this is one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_server(folder, *options):
     command = [sys.executable, str(ROOT / "serve.py"), str(folder), "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_ctrl_c)
     printed = ""
     for line in process.stdout:
         printed += line
