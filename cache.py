@@ -79,8 +79,8 @@ def forward_cached(model: GPT, ids, cache: KVCache):
 
 
 def prefill(model: GPT, ids):
-    """Yield each layer's keys and values (B, H, T, D/H) of rows ids (B, T) that begin here. What
-    the last block would do after its keys and values is skipped."""
+    """Yield each layer's keys and values (B, H, T, D/H) of whole prompts, ids (B, T), whose first
+    token is at position 0. What the last block would do after its keys and values is skipped."""
     x = model.embed_at(ids, torch.arange(ids.shape[1], device=ids.device))  # (B, T, D)
     last = model.blocks[-1]
     for block in model.blocks:

@@ -269,6 +269,8 @@ class Crowdworker:
         """Ask for a choice until there is one, and store it."""
         while True:
             answer = self.terminal.ask(self._question()).lower().replace(" ", "")
+            if answer == "/quit":
+                raise EOFError  # which ends `talk`
             try:
                 if answer == "s":
                     self.terminal.say("skipped; your message is taken back")

@@ -121,14 +121,15 @@ def update_statistics(policy_sum, value_sum, entropy_sum, logp, old_logp, clip) 
 
 @torch.no_grad()
 def add_to(totals: dict, sums: dict, n_tokens: int):
-    """Add a piece's share of the means over a minibatch of n_tokens tokens; tensors."""
+    """Add a piece's share of the means over a minibatch of n_tokens tokens. The numbers stay
+    tensors: `as_floats` says why."""
     for name, value in sums.items():
         totals[name] = totals.get(name, 0.0) + value / n_tokens
 
 
 def as_floats(statistics: dict) -> dict:
-    """Tensors to floats, with one question to the device for all of them: a GPU that is asked has
-    to finish its work first."""
+    """Tensors to floats. They are read from the device all at once, because each read from a GPU
+    waits until all its queued work is done."""
     if not statistics:
         return {}
     return dict(zip(statistics, torch.stack(list(statistics.values())).tolist()))

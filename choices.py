@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Sequence
@@ -220,9 +221,10 @@ def check_people(paths: Sequence[str], alone: bool):
     if paths and not train + held_out:
         raise UserError(f"no usable choice in {files} ({counts_line(counter)})")
     if paths and alone and not (train and held_out):
-        raise UserError(f"{files}: too few conversations: one in eight is held out to measure the "
-                        f"PM, and of {len(train + held_out):,} choices here {len(held_out):,} are; "
-                        "collect more, or add the simulated ones (without --pm.helpful 0)")
+        raise UserError(f"{files}: too few conversations: one opening question in eight is held "
+                        f"out to measure the PM, and of {len(train + held_out):,} choices here "
+                        f"{len(held_out):,} are; collect more, or add the simulated ones (without "
+                        "--pm.helpful 0)")
 
 
 def read_choices(paths: Sequence[str]) -> tuple[list[Comparison], list[Comparison], Counter]:
@@ -237,7 +239,7 @@ def read_choices(paths: Sequence[str]) -> tuple[list[Comparison], list[Compariso
             key = (c.conversation, c.prompt, c.chosen, c.rejected)
             if key in seen:
                 total.update({"kept": -1, "there twice": 1})
-            elif is_held_out(c):
+            elif is_held_out(c.prompt):
                 held_out.append(c)
             else:
                 train.append(c)
@@ -245,9 +247,21 @@ def read_choices(paths: Sequence[str]) -> tuple[list[Comparison], list[Compariso
     return train, held_out, total
 
 
-def is_held_out(comparison: Comparison) -> bool:
-    """Whether a person's choice is kept for measuring, as one conversation in eight is. All turns
-    of a conversation are on the same side: they share their beginning. In a file that does not name
-    conversations, the first turn stands for its conversation."""
-    name = comparison.conversation or parse(comparison.prompt)[0][1]
-    return hashlib.sha256(name.encode(errors="replace")).digest()[0] % 8 == 0
+# A greeting does not say what a conversation is about, and many open with one.
+GREETINGS = ("hello", "hello there", "hey", "hi", "hi there", "good morning", "good afternoon",
+             "good evening")
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether people's choices after this prompt are kept for measuring. The opening question
+    decides: the first human turn that is not a greeting, whatever its case and punctuation. One
+    question in eight is held out. So all turns of a conversation are on the same side, and so are
+    all conversations that open alike: many people of a class get the same prompt. A greeting alone
+    is never held out."""
+    opening = ""
+    for role, text in parse(prompt):
+        words = " ".join(re.findall(r"\w+", text.lower()))
+        if role == "Human" and words not in GREETINGS:
+            opening = words
+            break
+    return hashlib.sha256(opening.encode(errors="replace")).digest()[0] % 8 == 0

@@ -28,7 +28,7 @@ from queue import Empty, Full, Queue
 
 from run import UserError, rng  # before torch: Ctrl-C prints no traceback
 
-from choices import KINDS, SURE, UNSURE, ChoiceFile, choice_record, goes_on
+from choices import KINDS, SURE, UNSURE, ChoiceFile, choice_record, goes_on, is_held_out
 from conversation import Reply, Speaker, ask, comparable, shown, two_replies
 from data import split_turns
 from toy_corpus import draw_prompt
@@ -233,14 +233,19 @@ class Classroom:
     def suggestion(self, person: str, number: int, turn: int, kind: str, attempt) -> str:
         """A prompt of the toy world. Of four conversations, the first opens with a prompt that
         everybody gets, and the fourth opens with it again, so that people can be compared with
-        each other and with themselves. All others are the person's own."""
+        each other and with themselves. All others are the person's own. A shared prompt is one
+        that the PM learns from: held out, it would be most of what the PM is measured on."""
         if not self.is_toy:
             raise Refusal(400, "only the toy world has suggestions")
         if type(attempt) is not int or not 0 <= attempt < MAX_SUGGESTIONS:
             raise Refusal(422, "There are no more suggestions: write a line of your own.")
         block, place = divmod(number, 4)
         if turn == 1 and attempt == 0 and place in (0, 3):
-            return draw_prompt(rng(self.seed, "shared", kind, block), kind, held_out=False)
+            generator = rng(self.seed, "shared", kind, block)
+            while True:
+                prompt = draw_prompt(generator, kind, held_out=False)
+                if not is_held_out(prompt):
+                    return prompt
         generator = rng(self.seed, "own", person, number, turn, attempt)
         while True:
             prompt = draw_prompt(generator, kind, held_out=False)

@@ -92,7 +92,8 @@ def read(folder: Path) -> Data:
             run.replies[line["step"]] = good
     if n_damaged:
         notes.append(f"Damaged replies of record.jsonl, left out: {n_damaged}.")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError,
+                             RecursionError):
         config = json.loads((folder / "config.json").read_text("utf-8", "replace"))
         run.options = {name: x for name, x in config["rl"].items() if is_number(x)}
     with contextlib.suppress(OSError):
@@ -113,8 +114,8 @@ def read_lines(path: Path, notes: list[str]) -> list[dict]:
             line = json.loads(text or "null")
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(
-                line.get("step"), int):
+        step = line.get("step") if isinstance(line, dict) else None
+        if isinstance(step, int) and is_number(step) and isinstance(line.get("stage"), str):
             found.append(line)
         else:
             n_damaged += text.strip() != ""
@@ -321,21 +322,23 @@ def panel(runs: list, stage: str, title: str, numbers: list, band=None) -> str:
     return chart(title, lines, band)
 
 
-def pm_accuracy(run) -> str:
-    """Held-out accuracy by kind with its interval, and the ceiling that label noise sets."""
+def pm_accuracy(run, source: str, title: str) -> str:
+    """Held-out accuracy by kind with its interval, and the ceiling that label noise sets.
+    source: what the kinds' names begin with, "people " for people's choices."""
     accuracy, ceiling = Line("accuracy", [], dots=True), Line("Bayes ceiling", [], 1, 1, dots=True)
     names = []
     for line in run.metrics:
-        if line["stage"] == "pm" and all(is_number(line.get(key)) for key in
-                                         ("accuracy", "low", "high")):
+        subset = str(line.get("subset", ""))
+        is_of_people = subset.startswith("people ")
+        if (line["stage"] == "pm" and is_of_people == (source == "people ")
+                and is_row([line.get(key) for key in ("accuracy", "low", "high")], 3)):
             x = len(names)
-            names.append(line.get("subset", ""))
+            names.append(subset.removeprefix(source))
             accuracy.points.append((x, line["accuracy"]))
             accuracy.bars.append((x, line["low"], line["high"]))
             if is_number(line.get("bayes")):
                 ceiling.points.append((x, line["bayes"]))
-    return chart("4. PM: held-out accuracy, 95% interval", [accuracy, ceiling], x_names=names,
-                 x_title="")
+    return chart(title, [accuracy, ceiling], x_names=names, x_title="")
 
 
 def curves(runs: list) -> str:
@@ -354,7 +357,8 @@ def curves(runs: list) -> str:
                          f"</div>{words}</div>")
     earlier = [panel(runs, stage, title, numbers) for stage, title, numbers in EARLIER]
     if len(runs) == 1:
-        earlier.append(pm_accuracy(runs[0]))
+        earlier.append(pm_accuracy(runs[0], "", "4. PM: held-out accuracy, 95% interval"))
+        earlier.append(pm_accuracy(runs[0], "people ", "4. PM: held-out choices of people"))
     return (f'<div class="cards">{"".join(cards)}</div><h3>The stages before</h3><div '
             f'class="charts">{"".join(earlier)}</div>')
 

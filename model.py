@@ -82,8 +82,8 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def attention(self, x, mask):
-        """Self-attention, causal unless a mask is given, up to `attn_out`: x (B, T, D) ->
-        (B, T, D)."""
+        """Self-attention without its last matrix, `attn_out`; causal unless a mask is given:
+        x (B, T, D) -> (B, T, D)."""
         q, k, v = self.queries_keys_values(x)  # each (B, H, T, D/H)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.merge_heads(y)             # (B, H, T, D/H) -> (B, T, D)
@@ -134,8 +134,8 @@ class GPT(nn.Module):
         step, because most callers want them at a few positions only.
 
         `at` names the positions that the caller wants: a mask (B, T), or a pair of rows and
-        columns, (n,) each. The result is then forward(ids)[at], (n, D), but the other positions
-        end at the last block's attention, which may look at them.
+        columns, (n,) each. The result is then forward(ids)[at], (n, D), for less work: in the
+        last block only these positions go through the MLP, and the others are only attended to.
 
         By default a token's position is its index, and it sees every token up to itself. Where a
         row holds several replies to one prompt (pm.score_branches), positions (B, T) and mask

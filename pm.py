@@ -77,8 +77,8 @@ def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
     """Scores (B, K), differentiable, of K rows of ids for each of B comparisons: rows[b][k].
 
     The K rows of a comparison begin with the same prompt, and a token's hidden state depends only
-    on what stands before it. So one row can hold what they share once, and then the K rests, the
-    branches, side by side. Each branch sees the shared part and itself, and its positions continue
+    on what stands before it. So one row can hold the shared part once, and after it the rest of
+    each row: K branches. A branch sees the shared part and itself, and its positions continue
     those of the shared part. The scores are the same as those of K separate rows."""
     ids, positions, branches, ends = [], [], [], []
     for comparison in rows:
@@ -110,7 +110,8 @@ def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
 
 
 def shared_length(rows: list[list[int]]) -> int:
-    """How many ids all the rows begin with; of each row at least the last id is left over."""
+    """How many ids the rows have in common at their beginning. The last id of a row never counts,
+    so each row has a branch."""
     most = min(len(row) for row in rows) - 1
     for position in range(most):
         if len({row[position] for row in rows}) > 1:

@@ -33,8 +33,9 @@ import torch.distributed as dist
 
 from data import batches_by_length
 
-# The ranks notice at once when one has ended. This is how long they wait for one that hangs, or
-# for rank 0 while it downloads or writes a large file.
+# When one rank ends, the others end at once: gloo notices, and torchrun ends those that wait in
+# NCCL. This is how long they wait for a rank that hangs, or for rank 0 while it downloads or writes
+# a large file.
 TIMEOUT = timedelta(hours=1)
 
 # ---- 1. Work -----------------------------------------------------------------
@@ -138,7 +139,7 @@ def others_are_there():
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error):  # on this rank
+        if is_out_of_memory(error) or "CUDA error" in str(error):  # this rank's own failure
             raise
         raise TrainingError("another process has ended, or does not answer; --resume continues "
                             "from the last checkpoint") from None
@@ -150,8 +151,8 @@ def others_are_there():
 def together(command):
     """A command as each of torchrun's processes runs it. Without torchrun, the command itself.
 
-    From here on only rank 0 prints. When ranks fail, the first to fail says why, also for those
-    that fail because it is gone. torchrun then ends the others."""
+    From here on only rank 0 prints. The first rank that fails says why. Other ranks then fail
+    because it is gone, and say nothing. torchrun ends those that still run."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
         return command
     if os.environ["RANK"] != "0":

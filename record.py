@@ -10,13 +10,14 @@ after the point; null stands for a number that is not finite.
     gaps         [[gap, right, low, high, n], ...], toy only: pairs in bins of the true gap between
                  the replies, in nats (divided by --pm.noise). `right` is how often the reply with
                  the higher score is the truly better one
-    worst        [{"prompt", "chosen", "rejected", "kind", "margin", "p_chosen"}, ...]: the pairs
-                 that the PM gets most wrong, against the truth or (real data) the label.
-                 `p_chosen`, the true probability of the label, is null for real data
+    worst        [{"prompt", "chosen", "rejected", "kind", "p_chosen", "conversation", "margin"},
+                 ...]: the pairs that the PM gets most wrong, against the truth or (real data) the
+                 label. `p_chosen`, the true probability of the label, is null for real data
   {"stage": "rl", "step": n, ...}, some ten lines, after n updates of the policy:
     replies      one reply to each of some held-out prompts, the same ones in all lines: {"prompt",
-                 "group", "text", "score", "finished", "truth" (toy only), and lists with an entry
-                 for each token: "tokens" (text), "logp", "ref_logp", "values", "rewards",
+                 "group", "text", "score" (less the penalty, if it is not finished), "finished",
+                 "truth" (toy only), and lists with an entry for each token: "tokens" (text),
+                 "logp", "ref_logp", "values", "rewards",
                  "advantages" (not whitened), "prefix_scores"}. A prefix score is the PM's score of
                  the reply cut after that token, null for tokens that were passed over
     table        {title: [mean, low, high]}: the closing table with 95% intervals, at n = 0 and at
@@ -256,7 +257,7 @@ class Recorder:
 
 
 def first_of_each_group(texts: list[str], groups: list[str], n: int) -> list[int]:
-    """Indices of up to n distinct prompts, as many of each group as there are, in turn."""
+    """Indices of up to n distinct prompts: one of each group, then a second one of each, ..."""
     seen, nth, order = set(), Counter(), []
     for i, (text, group) in enumerate(zip(texts, groups)):
         if text not in seen:

@@ -51,7 +51,9 @@ def when(step: int) -> str:
 def outcome(reply: dict, more: str = "") -> str:
     """What became of a reply, in one line."""
     truth = f', truth <em>{reply["truth"]:.2f}</em>' if "truth" in reply else ""
-    unfinished = "" if reply.get("finished", True) else ", unfinished"
+    unfinished = ""
+    if not reply.get("finished", True):
+        unfinished = ", unfinished (the score includes the penalty)"
     return (f'<p class="outcome">PM score <em>{reply["score"]:.2f}</em>{truth}, log-ratio to the '
             f"reference {sum(log_ratios(reply)):.2f} nats{unfinished}{more}</p>")
 
@@ -75,7 +77,9 @@ def choose(replies: list[dict]) -> list[str]:
     the truth or, where it is unknown, by the PM's score."""
     by_worth = sorted(replies, key=lambda reply: reply.get("truth", reply["score"]))
     worst, chosen = [reply["prompt"] for reply in by_worth[:N_WORST]], []
-    queues = [[r["prompt"] for r in replies if r["group"] == group] for group in GROUPS]
+    queues = []
+    for group in GROUPS:
+        queues.append([reply["prompt"] for reply in replies if reply["group"] == group])
     for nth in range(len(replies)):
         for queue in queues:
             if nth < len(queue) and len(chosen) < N_STRIPS - N_WORST and queue[nth] not in worst:
@@ -115,14 +119,18 @@ def strip(reply: dict, scale: dict[str, float], options: dict) -> str:
 def token_text(token: str) -> str:
     """With its space, which `shown` would cut off."""
     words = token.replace("\n", "\u21b5")
-    return " " * (words[:1] == " ") + shown(words, most=200)
+    space = " " if words.startswith(" ") else ""
+    return space + shown(words, most=200)
 
 
 def arithmetic(reply: dict, options: dict) -> str:
     """The same reply as a table, and its numbers in the formulas of ppo.py."""
     k, rewards, values = log_ratios(reply), reply["rewards"], reply["values"]
     advantages, prefixes = reply["advantages"], reply["prefix_scores"]
-    gamma, lam, kl_coef = [options.get(x, 1.0) for x in ("gamma", "gae_lambda", "kl_coef")]
+    for name in ("gamma", "gae_lambda", "kl_coef"):
+        if name not in options:
+            return f"<p>No arithmetic: config.json does not say what {name} was."
+    gamma, lam, kl_coef = options["gamma"], options["gae_lambda"], options["kl_coef"]
     next_values, next_advantages = values[1:] + [0.0], advantages[1:] + [0.0]
     deltas = [r + gamma * after - v for r, after, v in zip(rewards, next_values, values)]
     total = reply["score"] - kl_coef * sum(k)
@@ -156,7 +164,9 @@ def strips(run: Data, room: int) -> str:
     if not steps:
         return "<p>There are no recorded replies yet."
     chosen = choose(run.replies[steps[-1]])
-    kept = {step: [r for r in run.replies[step] if r["prompt"] in chosen] for step in steps}
+    kept = {}  # updates -> the replies to the chosen prompts
+    for step in steps:
+        kept[step] = [reply for reply in run.replies[step] if reply["prompt"] in chosen]
     scale = scales(sum(kept.values(), []))
     drawn = {}  # updates -> {prompt: its strip}
     for step in dict.fromkeys([steps[-1], steps[0], *steps[::4], *steps[::2], *steps]):
@@ -286,7 +296,9 @@ def closing_table(runs: list[Data]) -> str:
     for run in runs:
         name = f"{run.name}, " if len(runs) > 1 else ""
         steps = list(run.tables)
-        for step in steps if run is runs[0] else steps[-1:]:
+        if run is not runs[0]:
+            steps = steps[-1:]
+        for step in steps:
             columns_of.append((name + when(step), run.tables[step]))
     if not columns_of:
         return "<p>The closing table is not there yet."
@@ -312,8 +324,9 @@ def side_by_side(run: Data) -> str:
     for reply in run.replies[last]:
         group = reply["group"] if reply["group"] in GROUPS else "helpful"
         groups[group] = group
-        texts = []
-        for step, found in ((first, before.get(reply["prompt"])), (last, reply)):
+        texts, versions = [], {first: before.get(reply["prompt"])}
+        versions[last] = reply  # the only one, if nothing was recorded after the first
+        for step, found in versions.items():
             if found is not None:
                 texts.append(f'<p class="reply"><small>{when(step)}:</small>\n'
                              f'{shown(found["text"])}</p>{outcome(found)}')
@@ -378,9 +391,13 @@ def write(folders: list[Path]) -> Path:
 
 
 @contextlib.contextmanager
-def written_at_the_end(out: Path):
+def written_at_the_end(out: Path, is_writer: bool = True):
     """For the main job: write the page when the block ends. If an error or Ctrl-C ends it, the page
-    is written only if the block has logged anything: a wrong option leaves the folder as it was."""
+    is written only if the block has logged anything: a wrong option leaves the folder as it was.
+    Of several processes (ranks.py) only one may write the page."""
+    if not is_writer:
+        yield
+        return
     metrics = out / "metrics.jsonl"
     size = metrics.stat().st_size if metrics.is_file() else 0
     try:

@@ -251,7 +251,8 @@ class Sampler:
             if self.graphs:
                 pool = next(iter(self.graphs.values())).pool()
             graph = torch.cuda.CUDAGraph()
-            # thread_local: with several GPUs, a thread of NCCL's polls this one now and then.
+            # thread_local: with several GPUs, a thread of NCCL's queries this one now and then,
+            # which would otherwise end the recording with an error.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step(B, C)  # recorded, not executed
             self.graphs[B, C] = graph

@@ -93,7 +93,9 @@ def options(description: str, configs: dict, presets: dict | None = None,
         comments = _comments(config)
         for field in dataclasses.fields(config):
             name, default = f"{prefix}.{field.name}", field.default
-            flags = [flag(name)] + ([aliases[name]] if name in aliases else [])
+            flags = [flag(name)]
+            if name in aliases:
+                flags.append(aliases[name])
             if field.type is bool:
                 kind = {"action": "store_true"}
             elif field.type is list:

@@ -156,7 +156,7 @@ class Page:
 class Handler(BaseHTTPRequestHandler):
     """One request. Everything but GET / and five POSTs of JSON is refused."""
     timeout = 10.0     # seconds that the client may be silent
-    WRONG_CODE = 1.0   # seconds until the answer; whoever tries all the codes needs years
+    WRONG_CODE = 1.0   # seconds until the answer: with all connections, a month for all codes
     server: Server
 
     def do_GET(self):
@@ -283,8 +283,11 @@ class Secrets:
         if not path.exists():
             code = "".join(secrets.choice(self.LETTERS) for _ in range(6))
             made = {"code": code, "key": secrets.token_hex(16), "lecturer": secrets.token_hex(8)}
-            write_atomically(path, json.dumps(made).encode())
-            os.chmod(path, 0o600)
+            mask = os.umask(0o077)  # so nobody else can read the file, from its first byte on
+            try:
+                write_atomically(path, json.dumps(made).encode())
+            finally:
+                os.umask(mask)
         try:
             found = json.loads(read_text(path))
             self.code, self.key = str(found["code"]), bytes.fromhex(found["key"])

@@ -53,7 +53,7 @@ _locks = {}  # folder -> its open lock file; the system unlocks it when this pro
 
 
 class Folder:
-    """One output folder: config.json, metrics.jsonl, and a checkpoint for each stage.
+    """One output folder: config.json, metrics.jsonl, record.jsonl, and a checkpoint of each stage.
 
     pipeline: {stage: (its result, the results it depends on)}, in the order in which stages run.
     options: what all the stages of one folder must agree on, as {option: value}.

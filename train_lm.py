@@ -11,7 +11,7 @@
    with it. The result is the initial policy: comparisons are sampled from it, RLHF starts from it,
    and RLHF's KL penalty keeps the policy close to it.
 
-The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Read it in this order:
+The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Read this file so:
   1. Text          documents, the tokenizer, rows of ids and their batches
   2. Pretraining   stage 1
   3. Distillation  stage 2
@@ -199,8 +199,10 @@ def train(run: Run, cfg: LMConfig):
 
 def make_optimizers(model: GPT, cfg: LMConfig) -> tuple[Muon, torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, and AdamW for embeddings, biases and LayerNorms."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_muons = name.startswith("blocks.") and parameter.dim() == 2
+        (matrices if is_muons else others).append(parameter)
     muon = Muon(matrices, lr=cfg.matrix_lr, weight_decay=cfg.weight_decay)
     adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     return muon, adamw

@@ -2,7 +2,7 @@
 
     python train_pm.py                       # the toy world
     python train_pm.py --data path/to/hh-rlhf
-    python train_pm.py --out out/toy-0 --comparisons choices.jsonl  # and people's (chat.py)
+    python train_pm.py --out out/toy-0 --comparisons choices.jsonl  # adds people's (chat.py)
 
 3. Human comparisons are expensive. Preference-model pretraining (PMP; GL §4, HH App. A.2) first
    teaches the LM to be a preference model on cheap ones: the toy's forum posts with their upvotes,
@@ -157,7 +157,8 @@ class EncodedPairs:
 
 
 def encode(run: Run, found: list[Comparison]) -> EncodedPairs:
-    """Encode the comparisons that fit the context. Raises UserError if there are, and none fits."""
+    """Encode the comparisons that fit the context. Raises UserError if `found` is not empty and
+    none of its comparisons fits."""
     pairs = EncodedPairs([], [], [])
     end = [run.tok.end_of_context]
     for comparison in progress(found, "encode", "pairs"):
@@ -374,7 +375,7 @@ def check_early(run: Run, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl_max_res
     """Find out before any training whether stages 2 to 4 can run, as far as options and data tell;
     with rl_max_response, stage 5 too. Every command that trains a preference model calls this."""
     check_lm_early(run, cd)
-    check_people(pm.people, run.toy and pm.helpful + pm.harmless == 0)
+    check_people(pm.people, alone=run.toy and pm.helpful + pm.harmless == 0)
     lengths = {}  # option -> tokens that a response may have
     if run.toy:
         lengths["--pm.max-response"] = pm.max_response

@@ -163,7 +163,7 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
     folder = Run(run, can_export=True)  # `run` holds the options, `folder` is the Run
     folder.check_memory(lm, cd, pmp, pm, rl)
     check_early(folder, cd, pmp, pm, rl.max_response)
-    with report.written_at_the_end(folder.out):
+    with report.written_at_the_end(folder.out, is_writer=is_first()):
         ensure(folder, lm, cd, pmp, pm)
         train(folder, rl)
     if run.export and is_first():

@@ -55,7 +55,7 @@ from pm import ScalarModel
 from ppo import (Experience, PPOConfig, all_logprobs, all_values, gae, pm_scores, shaped_rewards,
                  update, whiten)
 from rollout import Sampler, plain_rollout
-from run import autocast, choose_device, errors_in_one_sentence, rng, torch_rng
+from run import autocast, choose_device, compute_dtype, errors_in_one_sentence, rng, torch_rng
 
 # ---- 1. Workload -------------------------------------------------------------
 
@@ -122,7 +122,7 @@ def padded(policy: GPT, work: Work, slots: int, grow: bool) -> Sampled:
     """(b) and (c): batches in the order of arrival, each of which waits for its longest response.
     grow: whether the cache grows by a copy for each token."""
     device, result = policy.embed.weight.device, Sampled([])
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype(device)
     for start in range(0, len(work.prompts), slots):
         group = range(len(work.prompts))[start:start + slots]
         ids, lengths = pad([work.prompts[i] for i in group])               # (B, P), (B,)

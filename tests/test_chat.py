@@ -222,6 +222,11 @@ def test_replies_that_cannot_be_compared(talk, scripted):
     assert scripted.dialogues[-1] == ask(ask("", "same") + " x", "last")
 
 
+def test_quit_ends_the_chat_without_a_choice(talk, scripted):
+    talk("one", "/quit", "a3", options=["--compare"])
+    assert stored() == []
+
+
 def test_a_choice_is_on_the_disk_before_the_next_turn(talk, scripted, monkeypatch):
     synced, ask_person = [], chat.Terminal.ask
 

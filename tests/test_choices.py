@@ -202,30 +202,38 @@ def test_what_was_acknowledged_survives_kill_9(path):
 
 
 def test_which_choices_are_held_out(tmp_path, capsys):
-    """One conversation in eight, with all its turns; and each choice is there once."""
+    """One opening question in eight, with all turns of all conversations that open with it; and
+    each choice is there once."""
     path, more = tmp_path / "ours.jsonl", tmp_path / "harmless.jsonl"
     rows = []
-    for n in range(300):
-        first = record(f"conversation {n}", kind=("helpful", "harmless")[n % 2])
+    for n in range(600):
+        opening = ask("", f"Question {n // 2}?")
+        if n % 2:  # another person asks the same, in other letters and after a greeting
+            opening = ask(ask("", "Hi!") + " Hello.", f"question {n // 2}")
+        kind = ("helpful", "harmless")[n % 2]
+        first = record(f"conversation {n}", kind=kind, dialogue=opening)
         rows += [first, record(f"conversation {n}", 2, dialogue=ask(goes_on(first), "And?"))]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     foreign = {"chosen": ask("", "a") + " b", "rejected": ask("", "a") + " c", "conversation": None}
     more.write_text(json.dumps(rows[0]) + "\n" + json.dumps(foreign) + "\n")
     train, held_out = people_comparisons([str(path), str(more)])
-    assert len(train) + len(held_out) == 601
-    assert f"read 602, kept 601, dropped 1 (there twice 1); {len(held_out)} are held out" in (
+    assert len(train) + len(held_out) == 1201
+    assert f"read 1,202, kept 1,201, dropped 1 (there twice 1); {len(held_out)} are held out" in (
         capsys.readouterr().out)
-    names = [{c.conversation for c in rows} for rows in (train, held_out)]
-    assert not names[0] & names[1] and len(held_out) in (2 * len(names[1]), 2 * len(names[1]) + 1)
-    # One in eight of 300, and four standard errors of it.
-    assert abs(len(names[1]) - 300 / 8) < 4 * (300 / 8 * 7 / 8) ** 0.5
     foreign = [c for c in train + held_out if not c.conversation]
     assert [c.kind for c in foreign] == ["harmless"]
-    assert is_held_out(foreign[0]) == (hashlib.sha256(b" a").digest()[0] % 8 == 0)
+    n_held_out = 0
     for n in range(300):
-        expected = hashlib.sha256(f"conversation {n}".encode()).digest()[0] % 8 == 0
-        assert (f"conversation {n}" in names[1]) == expected
-    assert [c.kind for c in train + held_out].count("harmless") == 151
+        expected = hashlib.sha256(f"question {n}".encode()).digest()[0] % 8 == 0
+        n_held_out += expected
+        names = {f"conversation {2 * n}", f"conversation {2 * n + 1}"}
+        for side, n_turns in ((held_out, 4 * expected), (train, 4 * (not expected))):
+            assert sum(c.conversation in names for c in side) == n_turns
+    # One in eight of 300, and four standard errors of it.
+    assert abs(n_held_out - 300 / 8) < 4 * (300 / 8 * 7 / 8) ** 0.5
+    assert is_held_out(foreign[0].prompt) == (hashlib.sha256(b"a").digest()[0] % 8 == 0)
+    assert not is_held_out(ask("", "Hi!")) and not is_held_out(ask("", "..."))
+    assert [c.kind for c in train + held_out].count("harmless") == 301
     assert people_comparisons([]) == ([], []) and capsys.readouterr().out == ""
 
 

@@ -661,8 +661,9 @@ def test_the_pm_learns_from_peoples_choices(copy, call_small, tmp_path, alone):
     trained_on = {c.prompt + c.chosen for c, _ in watch.weights["pm"]}
     people = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     held_out = [row for row in people if row["chosen"] not in trained_on]
-    assert {choices.is_held_out(data.Comparison("", "", "", "", conversation=row["chosen"]))
-            for row in held_out} == {True} and 2 < len(held_out) < 25
+    for row in people:
+        assert choices.is_held_out(row["chosen"]) == (row in held_out)
+    assert 2 < len(held_out) < 25
     for c, weight in watch.weights["pm"]:
         assert weight == (3 if c.kind == "harmless" else 1)
     reported = {line["subset"]: line for line in lines(out, "pm") if "subset" in line}

@@ -115,6 +115,7 @@ def test_shown():
 @pytest.mark.parametrize("lines, n_damaged", [
     ('{"stage": "rl", "step": 8, "repl', 1), ("[1, 2]\n5\n" + "[" * 100_000, 3), ("\xff\n\n", 1),
     ('{"stage": "rl", "step": "8"}\n{"step": 1}', 2),
+    ('{"stage": "rl", "step": 1' + "0" * 400 + ', "score": 1.0}', 1),
     ('{"stage": "pm", "step": 1, "worst": [4, {"margin": "x"}], "calibration": [1], "gaps": 3}', 0),
     ('{"stage": "rl", "step": 9, "table": {"t": [1, "x", null]}, "replies": 4}', 0)])
 def test_damaged_lines_are_counted_and_the_rest_is_shown(tmp_path, lines, n_damaged):
@@ -138,7 +139,7 @@ def test_a_damaged_reply_is_left_out(tmp_path, damage):
 
 def test_what_is_not_there_yet_is_said(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"stage": "lm", "step": 0, "loss": 3.0}\n')
-    (tmp_path / "config.json").write_text("[" * 9)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     text = Elements(drawn(tmp_path)).text
     for words in ("record.jsonl cannot be read", "no recorded replies yet", "not done",
                   "not there yet", "1. LM: loss"):
@@ -318,6 +319,10 @@ def test_the_main_job_writes_the_page_at_its_end_and_when_interrupted(tmp_path, 
     with report.written_at_the_end(tmp_path / "nothing"):
         pass
     assert "no report: " in capsys.readouterr().out
+    run = make_run(tmp_path / "of rank 1")
+    with report.written_at_the_end(run, is_writer=False):
+        pass
+    assert not (run / "report.html").exists()
 
 
 def test_the_page_needs_no_torch_and_stays_below_3_mb(tmp_path):

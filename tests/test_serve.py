@@ -17,7 +17,7 @@ import torch
 import agreement
 import classroom
 import serve
-from choices import ChoiceFile, choice_record, goes_on
+from choices import ChoiceFile, choice_record, goes_on, is_held_out
 from classroom import Classroom, Refusal, Replies
 from conftest import ROOT
 from conversation import Reply
@@ -231,7 +231,7 @@ def test_names_and_tokens(room):
     assert room.state(token)["name"] == "Bea"
     refused(409, room.say, token, about(number=-1))
     person, signature, _ = token.split(":")
-    for forged in (f"{person}:{signature}:Cleo", f"{person[:-1]}0:{signature}:Bea", "", None, "::",
+    for forged in (f"{person}:{signature}:Cleo", f"{person}0:{signature}:Bea", "", None, "::",
                    f"{person}:{'0' * 32}:Bea", f"{person}:{signature}:Bea\ud83d",
                    f"{person[:-1]}:{signature}:{person[-1]}:Bea"):
         refused(401, room.state, forged)
@@ -279,6 +279,7 @@ def test_suggestions(room):
     for block in (0, 4):
         assert suggest("a", block) == suggest("a", block + 3) == suggest("b", block)
         assert len({suggest(person, block + i) for person in "ab" for i in (1, 2)}) == 4
+        assert not is_held_out(suggest("a", block))
     assert suggest("a", 0) != suggest("a", 4)
     assert suggest("a", 0) != suggest("a", 0, kind="harmless")
     assert len({suggest("a", 0, attempt=i) for i in range(10)}) == 10
