@@ -11,7 +11,7 @@
    with it. The result is the initial policy: comparisons are sampled from it, RLHF starts from it,
    and RLHF's KL penalty keeps the policy close to it.
 
-The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Read this file so:
+The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Order of reading:
   1. Text          documents, the tokenizer, rows of ids and their batches
   2. Pretraining   stage 1
   3. Distillation  stage 2
@@ -47,7 +47,7 @@ from rollout import rollout
 @dataclass
 class LMConfig:
     """HH does not state its pretraining settings. The defaults below were tuned on the toy."""
-    documents: int = 50_000    # documents, each seen once; for real data an upper limit
+    documents: int = 60_000    # documents, each seen once; for real data an upper limit
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has 50257)
     matrix_lr: float = 0.01    # Muon's peak rate, for the matrices of the blocks
     lr: float = 5e-3           # AdamW's peak rate, for all other parameters
