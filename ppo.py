@@ -246,13 +246,18 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                 if not history:
                     check_first_ratio(logp, old_logp, where)
             ranks.add_up_gradients(policy, critic)  # several GPUs: see ranks.py
-            norms = {}
-            for name, network in (("grad_norm", policy), ("critic_grad_norm", critic)):
-                norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
-                norms[name] = norm
+            norms = clip_gradients(policy, critic, cfg.max_grad_norm)
             numbers = ranks.add_up_numbers(as_floats(statistics)) | as_floats(norms)
             for name in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
                 check_finite(where, **{name: numbers[name]})
             optimizer.step()
             history.append(numbers)
     return averages(history)
+
+
+def clip_gradients(policy: GPT, critic: ScalarModel, max_norm: float) -> dict:
+    """Scale each network's gradient down to `max_norm`. Returns the norms before."""
+    norms = {}
+    for name, network in (("grad_norm", policy), ("critic_grad_norm", critic)):
+        norms[name] = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    return norms
