@@ -11,7 +11,8 @@
    with it. The result is the initial policy: comparisons are sampled from it, RLHF starts from it,
    and RLHF's KL penalty keeps the policy close to it.
 
-The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Order of reading:
+The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Read this file in
+this order:
   1. Text          documents, the tokenizer, rows of ids and their batches
   2. Pretraining   stage 1
   3. Distillation  stage 2
@@ -22,6 +23,7 @@ Legend:  B rows   T tokens in a row   P tokens of the prompt   D width   V vocab
 Papers: HH = Bai et al. 2022 (arXiv 2204.05862), GL = Askell et al. 2021 (arXiv 2112.00861).
 """
 import copy
+import math
 from dataclasses import dataclass
 
 from run import (  # before torch: Ctrl-C prints no traceback
@@ -39,7 +41,6 @@ from data import (MIN_PROMPT, Tokenizer, batches_by_length, counts_line, gpt2_to
                   load_comparisons, pad, train_bpe)
 from evaluate import table
 from model import GPT, token_logprobs
-from muon import Muon
 from pipeline import Run, RunConfig, main
 from rollout import rollout
 
@@ -47,13 +48,12 @@ from rollout import rollout
 @dataclass
 class LMConfig:
     """HH does not state its pretraining settings. The defaults below were tuned on the toy."""
-    documents: int = 60_000    # documents, each seen once; for real data an upper limit
+    documents: int = 90_000    # documents, each seen once; for real data an upper limit
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has 50257)
-    matrix_lr: float = 0.01    # Muon's peak rate, for the matrices of the blocks
-    lr: float = 5e-3           # AdamW's peak rate, for all other parameters
-    warmup: int = 50           # steps of linear warm-up; then both rates fall linearly to 0
+    lr: float = 5e-3           # peak; half a cosine down to 0, times a linear warm-up
+    warmup: int = 50           # steps
     step_tokens: int = 1280    # tokens in a step, at most, padding included
-    weight_decay: float = 0.01  # on the matrices of the blocks only
+    weight_decay: float = 0.01  # on matrices only
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
 
@@ -163,17 +163,17 @@ def train(run: Run, cfg: LMConfig):
     batches = batches_by_length(lengths, cfg.step_tokens, run.torch_rng("lm batches"))
     torch.manual_seed(run.rng("lm weights").getrandbits(62))
     model = run.prepare(GPT(run.model_config()).to(device))
-    muon, adamw = make_optimizers(model, cfg)
-    stage.start(model=model, muon=muon, adamw=adamw)
+    optimizer = make_optimizer(model, cfg)
+    stage.start(model=model, optimizer=optimizer)
     run.tok.save(run.path("tokenizer.json"))
     print(f"[1] language model: {model.cfg.n_params():,} parameters, {len(rows):,} documents, "
           f"{sum(lengths):,} tokens{cut_note(n_cut, run.context)}, {len(batches)} steps"
           + stage.resumed_note())
     for step, batch in stage.steps(batches, save_every=200):
-        schedule = min(1.0, (step + 1) / max(cfg.warmup, 1)) * (1 - step / len(batches))
-        set_lr(muon, cfg.matrix_lr * schedule)
-        set_lr(adamw, cfg.lr * schedule)
-        model.zero_grad(set_to_none=True)
+        warmup = min(1.0, (step + 1) / max(cfg.warmup, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step / len(batches))))
+        set_lr(optimizer, cfg.lr * warmup * cosine)
+        optimizer.zero_grad(set_to_none=True)
         batch_rows = [rows[i] for i in batch]
         n_tokens = n_targets(batch_rows)
         loss = 0.0
@@ -185,8 +185,7 @@ def train(run: Run, cfg: LMConfig):
         loss = sum(ranks.gather(loss))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         check_finite(f"LM step {step}", loss=loss, gradient=norm.item())
-        muon.step()
-        adamw.step()
+        optimizer.step()
         stage.log(step, every=50, loss=loss)
 
     model.eval()
@@ -197,15 +196,13 @@ def train(run: Run, cfg: LMConfig):
     stage.end(**run.checkpoint(model))
 
 
-def make_optimizers(model: GPT, cfg: LMConfig) -> tuple[Muon, torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, and AdamW for embeddings, biases and LayerNorms."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        is_muons = name.startswith("blocks.") and parameter.dim() == 2
-        (matrices if is_muons else others).append(parameter)
-    muon = Muon(matrices, lr=cfg.matrix_lr, weight_decay=cfg.weight_decay)
-    adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    return muon, adamw
+def make_optimizer(model: GPT, cfg: LMConfig) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
 
 
 @torch.no_grad()

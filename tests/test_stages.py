@@ -337,7 +337,7 @@ def test_the_seed_draws_the_weights_and_the_corpus_makes_the_tokenizer(run, monk
     for seed in (0, 1):
         run.seed = seed
         heads.append(train_pm.from_lm(run).head.weight)
-    monkeypatch.setattr(train_lm, "make_optimizers", stop)
+    monkeypatch.setattr(train_lm, "make_optimizer", stop)
     for run.seed in (0, 1):
         with pytest.raises(KeyboardInterrupt):
             train_lm.train(run, LMConfig(documents=40, vocab=310))
