@@ -129,7 +129,7 @@ def training_memory(cfg: GPTConfig, stage: StageMemory, recompute: bool, device)
     return {
         "weights": 4 * n_params * (stage.n_trained + stage.n_frozen),
         "gradients": 4 * n_params * stage.n_trained,
-        "optimizer": 8 * n_params * stage.n_trained,  # Adam's two moments (Muon keeps one)
+        "optimizer": 8 * n_params * stage.n_trained,  # Adam's two moments
         "activations": activations,
     }
 
