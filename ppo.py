@@ -45,7 +45,7 @@ class PPOConfig:
     minibatch: int = 64         # responses per step (not stated in HH; IG 64)
     passes: int = 1             # K, over the same responses: HH 1 (robustness 2, online 4), IG 1
     max_response: int = 32      # tokens; HH 128, and 32 in the robustness studies
-    lr: float = 5e-4            # 0.1 x the LM's AdamW rate (HH 0.01 x, for more responses: README)
+    lr: float = 5e-4            # 0.1 x the pretraining rate (HH 0.01 x, for more responses: README)
     critic_lr: float = 1e-3     # not stated in HH; IG's value network has a rate of its own, too
     warmup: int = 5             # iterations of linear warm-up (IG 10; HH 25k responses, robustness)
     clip: float = 0.2           # HH, IG, OO 0.2
