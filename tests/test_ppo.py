@@ -421,8 +421,8 @@ def test_numbers_that_are_not_finite_stop_the_run(world, bad):
 
 def test_an_update_asks_the_device_few_questions(world, monkeypatch):
     """A piece asks twice where its tokens are and once how wide it is; a minibatch asks once
-    for all its statistics and once for its norms, and counts its tokens on the CPU; the whole update asks
-    for lengths, and for the first ratio."""
+    for all its statistics and once for its norms, and counts its tokens on the CPU; the whole
+    update asks for lengths, and for the first ratio."""
     counts = Counter()
 
     def count(name):
