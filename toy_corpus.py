@@ -134,11 +134,19 @@ def _quiz_page(rng: Random) -> str:
     for _ in range(rng.randint(3, 6)):
         question, request = next_question(rng, "helpful", before=None, from_held_out=False,
                                            skill_weights=TEXTBOOK_SKILLS)
-        right = rng.random() < 0.5
-        sentences.append(question)
+        right, as_typed = rng.random() < 0.5, typed(rng, question)
+        has_mark = as_typed[-1] in ".?"  # which separates it from the answer
+        sentences.append(as_typed if has_mark else question)
         sentences.append(_answer(request, right, rng))
         sentences.append("Right." if right else "Wrong.")
     return " ".join(sentences)
+
+
+def open_dialogue(rng: Random, kind: str, held_out: bool) -> str:
+    """Draw a prompt with one question, sometimes after a greeting."""
+    greeting = GREETING if rng.random() < 0.1 else ""
+    question, _ = next_question(rng, kind, before=None, from_held_out=held_out)
+    return f"{greeting}{HUMAN} {typed(rng, question)}{ASSISTANT}"
 
 
 def _dialogue(rng: Random, headers: bool) -> str:
@@ -146,17 +154,14 @@ def _dialogue(rng: Random, headers: bool) -> str:
     text, persona = "", rng.choice((KIND, PLAIN, PLAIN, SLOPPY))
     if headers and rng.random() < 0.3:
         persona, text = rng.choice(HEADERS)
-    if rng.random() < 0.1:
-        text += GREETING
     kind = "harmless" if rng.random() < 0.25 else "helpful"
-    question, _ = next_question(rng, kind, before=None, from_held_out=False)
-    turn, n_exchanges = typed(rng, question), rng.choice((1, 1, 1, 2, 2, 4))
-    for exchange in range(n_exchanges):
-        if exchange > 0:
-            turn = next_turn(rng, prompt, reply, kind, held_out=False)
-        prompt = f"{text}{HUMAN} {turn}{ASSISTANT}"
+    prompt = text + open_dialogue(rng, kind, held_out=False)
+    reply = speak(understand(prompt), persona, rng)
+    for _ in range(rng.choice((0, 0, 0, 1, 1, 3))):  # further exchanges
+        turn = next_turn(rng, prompt, reply, kind, held_out=False)
+        prompt = f"{prompt}{reply}{HUMAN} {turn}{ASSISTANT}"
         reply = speak(understand(prompt), persona, rng)
-        text = prompt + reply
+    text = prompt + reply
     if rng.random() < 0.8:
         found = judge(prompt, reply)
         answer = WELCOME if found.correct else APOLOGY
@@ -183,9 +188,7 @@ def draw_prompt(rng: Random, kind: str, held_out: bool) -> str:
     kind: "helpful" or "harmless" (red-teaming). held_out: whether its questions are those that are
     kept for evaluation. Four in ten prompts have an earlier exchange, in which the assistant is as
     good as KIND."""
-    text = GREETING if rng.random() < 0.1 else ""
-    question, _ = next_question(rng, kind, before=None, from_held_out=held_out)
-    prompt = f"{text}{HUMAN} {typed(rng, question)}{ASSISTANT}"
+    prompt = open_dialogue(rng, kind, held_out)
     if rng.random() < 0.4:
         reply = speak(understand(prompt), KIND, rng)
         turn = next_turn(rng, prompt, reply, kind, held_out)
