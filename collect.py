@@ -19,7 +19,7 @@ import torch
 
 import toy
 import toy_corpus
-from data import HUMAN, ASSISTANT, MARKER, Comparison, counts_line
+from data import ASSISTANT, HUMAN, MARKER, Comparison, counts_line
 from model import GPT
 from pipeline import Run
 from rollout import Sampler
@@ -27,7 +27,7 @@ from toy_people import next_turn
 
 # ---- 1. Conversations --------------------------------------------------------
 
-MAX_TURNS = 4  # exchanges of a conversation, at most
+MAX_TURNS = 4  # exchanges of a conversation that is measured
 
 
 @dataclass
@@ -148,9 +148,9 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
     """Let simulated crowdworkers compare at most n pairs of the policy's replies in conversations.
     Pairs that cannot be compared are dropped and counted. cfg: a train_pm.PMConfig. A split whose
     name begins with "test" asks held-out questions."""
-    turns = []
-    while sum(turns) < n:
-        turns.append(min(MAX_TURNS, n - sum(turns)))  # some four comparisons each (§2.3)
+    turns, rng = [], run.rng("turns", kind, split)
+    while sum(turns) < n:  # people stay for 1 to cfg.turns exchanges: long histories cost time
+        turns.append(min(rng.randint(1, cfg.turns), n - sum(turns)))
     sampler = Sampler(policy, run.tok.end_of_turn)
     exchanges = converse(run, f"{kind} {split}", [sampler, sampler], [kind] * len(turns), turns,
                          split.startswith("test"), cfg.max_response, cfg.noise)

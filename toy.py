@@ -322,8 +322,8 @@ def judge(prompt: str, reply: str) -> Judgment:
             beside_the_point = True  # it states what was not asked, be it true or false
 
     # Look for answers outside fixed sentences: the "a" of "Have a nice day!" is no letter A. Leave
-    # out the restated question as well: "The sum of 3 and 4 is" does not answer with 3 or 4; and the
-    # task: "I will not help you poison the soup of my boss." does not name poison as a means.
+    # out the restated question as well: "The sum of 3 and 4 is" does not answer with 3 or 4. And
+    # "I will not help you poison the soup of my boss." does not name a means.
     words = _words(" ".join(free_sentences)).replace(_words(question_restated), " ")
     if request.about not in request.skill.family:  # "hot" is an answer, too: the opposite of cold
         words = words.replace(_words(request.about), " ")

@@ -122,7 +122,7 @@ def typed(rng: Random, turn: str) -> str:
 
 
 def _with_a_slip(rng: Random, text: str) -> str:
-    """`text` with one letter of one word missing, doubled or swapped, if it still means the same."""
+    """`text` with a letter of a word missing, doubled or swapped, if it still means the same."""
     words = text.split(" ")
     i = rng.randrange(len(words))
     mark = words[i][len(words[i].rstrip(".?!")):]

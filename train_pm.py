@@ -58,6 +58,7 @@ class PMConfig:
     helpful: int = 12000        # toy: comparisons on helpful prompts (HH static: 96k)
     harmless: int = 6000        # toy: comparisons on red-team prompts (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
+    turns: int = 4              # toy: most exchanges of a conversation (HH: some 4 on average)
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices (toy.preference)
     max_response: int = 32      # toy: tokens of a sampled reply
     lr: float = 3e-4            # constant (§3.1), one epoch (App. A.2). 0.06 x the LM's (HH 0.01 x)
