@@ -54,8 +54,8 @@ def _follow_up(rng: Random, before: Request) -> str | None:
     """Draw a question about the previous turn, or None if `before` allows none."""
     options = []
     if before.skill.name in ("capital", "color"):
-        thing = rng.choice(list(before.skill.answers))
-        options.append(THING_QUESTION.format(thing))
+        things = [thing for thing in before.skill.answers if thing != before.about]
+        options.append(THING_QUESTION.format(rng.choice(things)))
 
     relations = []  # the other skills that know the same thing
     for skill in SKILLS.values():
