@@ -35,7 +35,8 @@ class Conversation:
     kind: str    # "helpful", or "harmless" for red-teaming
     rng: Random  # the person's own
     turns: int   # exchanges that the person has time for
-    prompt: str  # all that was said, and an open assistant turn; "" when it has ended
+    prompt: str  # all that was said, and an open assistant turn
+    goes_on: bool = True
 
 
 @dataclass
@@ -79,15 +80,13 @@ def converse(run: Run, name: str, players: list[Sampler], kinds: list[str], turn
         for conversation, replies in zip(conversations, said):
             exchange = compare(conversation, turn, replies, noise)
             exchanges.append(exchange)
+            conversation.goes_on = False
             if turn < conversation.turns and is_readable(exchange):
                 conversation.prompt = go_on(conversation, exchange, held_out)
                 n_tokens = len(run.tok.encode_dialogue(conversation.prompt))
-                has_ended = n_tokens + max_response >= run.context  # the PM needs one more
-            else:
-                has_ended = True
-            if has_ended:
-                conversation.prompt = ""
-        conversations = [conversation for conversation in conversations if conversation.prompt]
+                # Less than the context, because the PM appends one more token.
+                conversation.goes_on = n_tokens + max_response < run.context
+        conversations = [conversation for conversation in conversations if conversation.goes_on]
     return exchanges
 
 

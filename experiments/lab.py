@@ -99,7 +99,7 @@ def load(run: Run, name: str = "initial.pt") -> GPT:
 def comparisons(run: Run, n: int, kind: str = "helpful", name: str = "train",
                 policy: GPT | None = None, noise: float = 1.0) -> list[Comparison]:
     """At most n labeled comparisons of a policy's replies, by default the initial policy's. n pairs
-    are sampled; identical, empty and unfinished ones are dropped (train_pm.collect).
+    are sampled; identical, empty and unfinished ones are dropped (collect.collect).
 
     name: seeds the draw; names that begin with "test" use held-out prompts.
     noise: temperature of the crowdworkers' choices."""

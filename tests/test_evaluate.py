@@ -54,8 +54,9 @@ def test_toy_prompts_are_those_of_the_comparisons(tmp_path):
     room = len(TOK.encode_dialogue(texts[3]))
     run.context = room + 33
     for split in ("train", "test"):
-        shown = [text.replace("Human:", "Human: Not") if split == "test" else text for text in texts]
-        pairs = [Comparison(text, " yes", " no", "helpful") for text in shown]
+        mark = "not " if split == "test" else ""
+        pairs = [Comparison(text.replace("Human: ", f"Human: {mark}"), " yes", " no", "helpful")
+                 for text in texts]
         write_comparisons(tmp_path / "comparisons" / "helpful-base" / f"{split}.jsonl", pairs)
     prompts = Prompts(run, 32, harmless_share=0.5)
     batch = prompts.draw(800, "x", held_out=False)

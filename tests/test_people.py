@@ -104,7 +104,7 @@ SAID = {"right": answer, "wrong": lambda prompt: wrong(toy.understand(prompt)),
 @pytest.mark.parametrize("what", SAID)
 @pytest.mark.parametrize("held_out", [False, True])
 def test_what_people_say_next(kind, what, held_out):
-    """They thank for what they wanted and go on; else they ask for the same again, but only once."""
+    """They thank for what they wanted and go on; else they ask the same again, but only once."""
     rng, seen, n = random.Random(3), Counter(), 300
     remarks = {"right": toy.THANKS, "wrong": toy.CORRECTIONS}.get(what, toy.COMPLAINTS)
     if kind == "harmless" and what in ("refuses", "evades"):

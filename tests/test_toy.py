@@ -1,5 +1,6 @@
-"""Tests of toy.py, toy_people.py and toy_corpus.py. They hold for any tables of facts, except for a few worked
-examples. Counts of random draws have margins in standard errors (`within`), with fixed seeds."""
+"""Tests of toy.py, toy_corpus.py and what toy_people.py asks. They hold for any tables of facts,
+except for a few worked examples. Counts of random draws have margins in standard errors (`within`),
+with fixed seeds."""
 import itertools
 import math
 import random
