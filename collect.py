@@ -148,8 +148,13 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
     Pairs that cannot be compared are dropped and counted. cfg: a train_pm.PMConfig. A split whose
     name begins with "test" asks held-out questions."""
     turns, rng = [], run.rng("turns", kind, split)
-    while sum(turns) < n:  # people stay for 1 to cfg.turns exchanges: long histories cost time
-        turns.append(min(rng.randint(1, cfg.turns), n - sum(turns)))
+    while sum(turns) < n:
+        stays = 1
+        # Half of the people leave after each exchange. In HH they stay for some four (§2.3), but
+        # each stage from here on pays for the tokens of the histories.
+        while stays < cfg.turns and rng.random() < 0.5:
+            stays += 1
+        turns.append(min(stays, n - sum(turns)))
     sampler = Sampler(policy, run.tok.end_of_turn)
     exchanges = converse(run, f"{kind} {split}", [sampler, sampler], [kind] * len(turns), turns,
                          split.startswith("test"), cfg.max_response, cfg.noise)

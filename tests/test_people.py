@@ -234,8 +234,9 @@ def test_collect_keeps_what_can_be_compared(run, capsys, monkeypatch):
     assert not any(toy_people.is_held_out(list(what_is_asked(c.prompt))) for c in kept)
     first = player.read[0]
     for split, kind in (("test", "harmless"), ("train 2", "harmless"), ("train", "helpful")):
+        n_batches = len(player.read)
         collect(run, cfg, player, kind, split, 90)  # other people
-        assert first != player.read[-3] != player.read[0]
+        assert first[:6] != player.read[n_batches][:6]
     assert all(toy_people.is_held_out(list(what_is_asked(c.prompt)))
                for c in collect(run, cfg, player, "helpful", "test", 30))
     silent = Scripted(lambda prompt, i: None)
@@ -243,13 +244,15 @@ def test_collect_keeps_what_can_be_compared(run, capsys, monkeypatch):
         collect(run, cfg, silent, "harmless", "train", 6)
 
 
-def test_a_mean_conversation_is_of_middle_length(run):
+def test_half_of_the_people_leave_after_each_exchange(run):
     player = Scripted(answer_or_refuse)
-    for turns, mean in ((1, 1), (4, 2.5)):
+    for n in (21, 22, 23, 24):
+        assert len(collect(run, PMConfig(), player, "helpful", "train", n)) == n
+    for turns, mean in ((1, 1), (4, 1.875)):
         player.read = []
         assert len(collect(run, PMConfig(turns=turns), player, "helpful", "train", 200)) == 200
         assert len(player.read) == turns
-        assert abs(200 / (len(player.read[0]) / 2) - mean) < 0.5
+        assert abs(200 / (len(player.read[0]) / 2) - mean) < 0.4  # of some 107 conversations
 
 
 def test_rates_by_turn_by_hand(run):
