@@ -50,7 +50,7 @@ def test_toy_prompts_are_those_of_the_comparisons(tmp_path):
     """As often as they were compared, where they fit; a kind without comparisons is drawn, and so
     is what is held out."""
     run = StubRun(tok=TOK, toy=True, context=200, path=tmp_path.joinpath)
-    texts = [f"\n\nHuman: {words}{OPENING}" for words in ("a", "a", "a", "b", "c" * 200)]
+    texts = [f"\n\nHuman: {words}{OPENING}" for words in ("a", "a", "a", "b", "c" * 20)]
     room = len(TOK.encode_dialogue(texts[3]))
     run.context = room + 33
     for split in ("train", "test"):
