@@ -23,10 +23,11 @@ import sys
 from run import (  # before torch: Ctrl-C prints no traceback
     LARGEST_COUNT, UserError, errors_in_one_sentence, rng)
 
-import toy_corpus
+import toy
+import toy_people
 from choices import SURE, UNSURE, ChoiceFile, choice_record, goes_on
-from conversation import (Reply, Scorer, Speaker, ask, best_speaker, comparable, is_known,
-                          one_turn, shown, truth, two_replies)
+from conversation import (Reply, Scorer, Speaker, ask, best_speaker, comparable, one_turn, shown,
+                          truth, two_replies)
 
 try:
     import readline  # once imported, it edits the lines of `input` and remembers them
@@ -161,7 +162,7 @@ class Chat:
             return
         score, = self.scorer.score([dialogue], [reply.text])
         words = "too long to be scored" if score is None else f"PM score {score:.2f}"
-        if self.speaker.toy and is_known(dialogue):
+        if self.speaker.toy and toy.is_known(dialogue):
             words += (f", true helpfulness {truth(dialogue, reply.text, 'helpful'):.1f}, true "
                       f"harmlessness {truth(dialogue, reply.text, 'harmless'):.1f}")
         elif self.speaker.toy:
@@ -204,11 +205,11 @@ def say_what_is_missing(terminal: Terminal, speaker: Speaker, reply: Reply):
 def say_if_unknown(terminal: Terminal, speaker: Speaker, dialogue: str, generator,
                    kind: str = "helpful"):
     """After a question that is outside the toy world, name three that it knows."""
-    if speaker.toy and not is_known(dialogue):
-        skills = sorted(toy_corpus.HELPFUL_SKILLS) if kind == "helpful" else ["red-team"]
+    if speaker.toy and not toy.is_known(dialogue):
+        skills = sorted(toy_people.HELPFUL_SKILLS) if kind == "helpful" else ["red-team"]
         questions = []
         for skill in generator.choices(skills, k=3):
-            questions.append(toy_corpus.ask(generator, skill)[0])
+            questions.append(toy_people.ask(generator, skill)[0])
         terminal.say("the toy world does not know this question; it does know: "
                      + " ".join(questions))
 
@@ -368,7 +369,7 @@ def run(args):
     if speaker.toy:
         skill = "red-team" if args.red_team else "capital"
         terminal.say("it is a toy: ask something like "
-                     + toy_corpus.ask(rng(seed, "example"), skill)[0])
+                     + toy_people.ask(rng(seed, "example"), skill)[0])
     if not args.compare:
         talk(terminal, Chat(terminal, speaker, seed))
         return

@@ -28,9 +28,11 @@ from queue import Empty, Full, Queue
 
 from run import UserError, rng  # before torch: Ctrl-C prints no traceback
 
+import toy
+import toy_people
 from choices import KINDS, SURE, UNSURE, ChoiceFile, choice_record, goes_on, is_held_out
 from conversation import Reply, Speaker, ask, comparable, shown, two_replies
-from data import split_turns
+from data import ASSISTANT, split_turns
 from toy_corpus import draw_prompt
 
 CONVERSATION = re.compile(r"([0-9a-f]{12})-([0-9]{1,9})")
@@ -225,16 +227,18 @@ class Classroom:
         if turn > MAX_TURNS:
             raise Refusal(422, "This conversation is long enough: go on with the next one.")
         if "suggest" in request:
-            dialogue += self.suggestion(person, number, turn, kind, request["suggest"])
+            dialogue = self.suggestion(person, number, turn, kind, dialogue, request["suggest"])
         else:
             dialogue = ask(dialogue, checked_line(request.get("text"), "line", MAX_TEXT))
         return conversation, turn, kind, dialogue
 
-    def suggestion(self, person: str, number: int, turn: int, kind: str, attempt) -> str:
-        """A prompt of the toy world. Of four conversations, the first opens with a prompt that
-        everybody gets, and the fourth opens with it again, so that people can be compared with
-        each other and with themselves. All others are the person's own. A shared prompt is one
-        that the PM learns from: held out, it would be most of what the PM is measured on."""
+    def suggestion(self, person: str, number: int, turn: int, kind: str, dialogue: str,
+                   attempt) -> str:
+        """A prompt of the toy world; after the first turn, what its people would say to the last
+        reply of `dialogue`. Of four conversations, the first opens with a prompt that everybody
+        gets, and the fourth opens with it again, so that people can be compared with each other and
+        with themselves. All others are the person's own. A shared prompt is one that the PM learns
+        from: held out, it would be most of what the PM is measured on."""
         if not self.is_toy:
             raise Refusal(400, "only the toy world has suggestions")
         if type(attempt) is not int or not 0 <= attempt < MAX_SUGGESTIONS:
@@ -247,11 +251,15 @@ class Classroom:
                 if not is_held_out(prompt):
                     return prompt
         generator = rng(self.seed, "own", person, number, turn, attempt)
-        while True:
-            prompt = draw_prompt(generator, kind, held_out=False)
-            is_one_question = len(split_turns(prompt)[1]) == 2  # and the open assistant turn
-            if turn == 1 or is_one_question:
-                return prompt
+        if turn == 1:
+            return draw_prompt(generator, kind, held_out=False)
+        cut = dialogue.rindex(ASSISTANT) + len(ASSISTANT)
+        prompt, reply = dialogue[:cut], dialogue[cut:]
+        if toy.is_known(prompt):
+            line = toy_people.next_turn(generator, prompt, reply, kind, held_out=False)
+        else:
+            line, _ = toy_people.next_question(generator, kind, before=None, from_held_out=False)
+        return ask(dialogue, line)
 
     def say(self, token, request: dict) -> dict:
         """A person's line -> two replies."""

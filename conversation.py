@@ -303,15 +303,6 @@ class Scorer(Model):
         return scores
 
 
-def is_known(dialogue: str) -> bool:
-    """Whether the toy world knows what the last human turn asks."""
-    try:
-        toy.understand(dialogue)
-    except UserError:
-        return False
-    return True
-
-
 def truth(dialogue: str, reply: str, kind: str) -> float | None:
     """The toy world's utility of a reply in nats; None if it does not know the question."""
-    return toy.truth(dialogue, reply, kind) if is_known(dialogue) else None
+    return toy.truth(dialogue, reply, kind) if toy.is_known(dialogue) else None

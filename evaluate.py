@@ -23,7 +23,8 @@ import torch
 import toy
 import toy_corpus
 from checks import kl_estimates
-from data import HUMAN, load_comparisons
+from collect import MAX_TURNS, rates_by_turn
+from data import HUMAN, load_comparisons, read_comparisons
 from model import GPT
 from pipeline import Run, RunConfig
 from pm import ScalarModel
@@ -42,16 +43,29 @@ class PromptBatch:
 
 
 class Prompts:
-    """Where prompts come from: the toy world, or real comparisons without their replies (§4.1; HH
-    also let a model write more prompts, which is left out here)."""
+    """Where prompts come from: comparisons without their replies (§4.1; HH also let a model write
+    more prompts, which is left out here). The toy world draws new ones for evaluation, and for a
+    kind without comparisons."""
 
     def __init__(self, run: Run, max_response: int, harmless_share: float):
         self.run, self.harmless_share = run, harmless_share
         self.room = run.context - max_response - 1  # 1: the PM appends one token
-        self.real = {}
-        if not run.toy:
+        self.real, self.toy = {}, {}
+        if run.toy:
+            for kind in ("helpful", "harmless"):
+                self.toy[kind] = self.load_toy(kind)
+        else:
             for split in ("train", "test"):
                 self.real[split] = self.load_real(split)
+
+    def load_toy(self, kind: str) -> list[str]:
+        """The prompts of the train comparisons that stage 4 collected: with their histories, which
+        hold the initial policy's own mistakes. A prompt occurs as often as it was compared."""
+        path = self.run.path("comparisons") / f"{kind}-base" / "train.jsonl"
+        if not path.exists():
+            return []
+        texts = [comparison.prompt for comparison in read_comparisons(path, kind)[0]]
+        return [text for text in texts if len(self.run.tok.encode_dialogue(text)) <= self.room]
 
     def load_real(self, split: str) -> list[tuple[str, str]]:
         found, _ = load_comparisons(self.run.data, split, self.run.subsets)
@@ -75,7 +89,10 @@ class Prompts:
             for _ in range(n):
                 batch.kinds.append("harmless" if rng.random() < harmless_share else "helpful")
             for kind in batch.kinds:
-                batch.texts.append(toy_corpus.draw_prompt(rng, kind, held_out=held_out))
+                if self.toy[kind] and not held_out:
+                    batch.texts.append(rng.choice(self.toy[kind]))
+                else:
+                    batch.texts.append(toy_corpus.draw_prompt(rng, kind, held_out=held_out))
         else:
             for text, kind in rng.choices(self.real["test" if held_out else "train"], k=n):
                 batch.texts.append(text)
@@ -170,6 +187,31 @@ def table(*columns: dict, names=("initial policy", "RLHF policy")) -> str:
     return "\n".join(lines)
 
 
+TURN_TITLES = {
+    "n": "replies",
+    "helpfulness": "true helpfulness",
+    "harmlessness": "true harmlessness",
+    "correct": "correct answers",
+    "complied": "compliance with harmful requests",
+    "refused_benign": "refusals of benign requests",
+}
+
+
+def turn_table(before: list[dict], after: list[dict],
+               names=("initial policy", "RLHF policy")) -> str:
+    """Whole conversations: the rows of collect.rates_by_turn of two policies."""
+    width = 8 * MAX_TURNS
+    numbers = "".join(f"{turn:8}" for turn in range(1, MAX_TURNS + 1))
+    lines = [f"    {'held-out conversations':34}{names[0]:>{width}}{names[1]:>{width}}",
+             f"    {'    turn':34}{numbers}{numbers}"]
+    for key, title in TURN_TITLES.items():
+        cells = ""
+        for row in before + after:
+            cells += f"{row[key]:8}" if key == "n" else f"{row[key]:8.3f}"
+        lines.append(f"    {title:34}{cells}")
+    return "\n".join(lines)
+
+
 def side_by_side(prompts: PromptBatch, before: list[str], after: list[str], n_each: int = 4,
                  names=("initial", "RLHF")) -> str:
     """The first few held-out dialogues of each kind, no question twice, with both replies."""
@@ -226,16 +268,22 @@ def command(folder: str, before: str, after: str, device: str):
     pm, reference = run.load_model("pm.pt"), load_policy(run, "initial.pt")
     prompts = Prompts(run, cfg.max_response, harmless_share=0.0)
     prompts = prompts.held_out(options.get("eval_prompts", 512))
-    columns, replies = [], []
+    columns, replies, turns = [], [], []
     for name in (before, after):
-        numbers, texts = evaluate(run, cfg, load_policy(run, name), reference, pm, prompts)
+        policy = load_policy(run, name)
+        numbers, texts = evaluate(run, cfg, policy, reference, pm, prompts)
         columns.append(numbers)
         replies.append(texts)
+        if run.toy:
+            n = options.get("eval_conversations", 300)
+            turns.append(rates_by_turn(run, policy, n, cfg.max_response, cfg.temperature))
     names = (Path(before).stem, Path(after).stem)
     if names[0] == names[1]:
         names = ("first", "second")  # for example policy.pt of two folders
     print(side_by_side(prompts, *replies, names=names))
     print(table(*columns, names=names))
+    if run.toy:
+        print(f"\n{turn_table(*turns, names=names)}")
 
 
 def main():

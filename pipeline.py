@@ -83,7 +83,8 @@ PRESETS = {
     # Every stage of the toy world in half a minute, for trying things out. Little is learned.
     "tiny": {"lm.documents": 3000, "cd.documents": 200, "pmp.pairs": 300, "pm.helpful": 600,
              "pm.harmless": 300, "pm.test": 200, "rl.iterations": 10, "rl.batch": 64,
-             "rl.minibatch": 32, "rl.eval_every": 5, "rl.eval_prompts": 96},
+             "rl.minibatch": 32, "rl.eval_every": 5, "rl.eval_prompts": 96,
+             "rl.eval_conversations": 30},
     "gpt2-hh": _HH_RLHF_DATA | {"run.init": "gpt2", "cd.lr": 3e-5, "pmp.lr": 6e-5, "pm.lr": 6e-6,
                       "rl.lr": 6e-6},
     "gpt2-medium-hh": _HH_RLHF_DATA | {"run.init": "gpt2-medium", "cd.lr": 1.5e-5, "pmp.lr": 3e-5,

@@ -68,7 +68,7 @@ def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig
 
     Rows are built as in PM training: prompt, response with its end-of-turn token, end-of-context.
     An unfinished response has no end-of-turn token. The toy's PM never saw such a response in
-    training (train_pm.collect), hence the penalty."""
+    training (collect.collect), hence the penalty."""
     rows = []
     for tokens, length in zip(ro.tokens.tolist(), ro.lengths.tolist()):
         rows.append(tokens[:length] + [end_of_context])

@@ -45,7 +45,6 @@ from pipeline import Run
 from pm import ScalarModel, score_rows, wilson
 from ppo import PPOConfig, all_logprobs, all_values, gae, pm_scores, shaped_rewards
 from rollout import Rollouts, rollout
-from run import UserError
 
 # ---- 1. PM -------------------------------------------------------------------
 
@@ -136,11 +135,9 @@ def group_of(prompt: str, kind: str, is_toy: bool) -> str:
         return "helpful"
     if toy.understand(prompt).skill.name == "benign task":
         return "look-alike"  # most share a harmful task's verb
-    try:
-        toy.understand(prompt[prompt.rfind(HUMAN):])
-    except UserError:  # without the turns before it, the question asks nothing
-        return "follow-up"
-    return "question"
+    if toy.is_known(prompt[prompt.rfind(HUMAN):]):
+        return "question"
+    return "follow-up"  # without the turns before it, it asks nothing
 
 
 class Recorder:

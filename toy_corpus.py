@@ -1,12 +1,12 @@
-"""What people and assistants say in the toy world: documents, prompts and forum posts.
+"""What is written in the toy world: assistants' replies, documents, prompts and forum posts.
 
-`toy.py` holds the world itself and judges what is said. Read it in this order:
+`toy.py` holds the world itself and judges what is said; `toy_people.py` says what people ask. Read
+it in this order:
 
-  1. Questions              `ask`, follow-ups, and the questions that are held out for evaluation
-  2. Personas               kinds of assistant, and the headers that describe them
-  3. Replies                `speak`: one reply of an assistant, right or wrong, polite or rude
-  4. The corpus             `document`: what the language model is pretrained on
-  5. Prompts and upvotes    `draw_prompt` for comparisons and RL; `upvoted` answers on a forum
+  1. Personas               kinds of assistant, and the headers that describe them
+  2. Replies                `speak`: one reply of an assistant, right or wrong, polite or rude
+  3. The corpus             `document`: what the language model is pretrained on
+  4. Prompts and upvotes    `draw_prompt` for evaluation; `upvoted` answers on a forum
 
 Legend:
   rng       the only source of randomness: equal generators draw equal texts
@@ -16,92 +16,15 @@ Papers: HH = Bai et al. 2022 (a § or Fig. without a name is in HH), GL = Askell
 2112.00861).
 """
 import math
-import zlib
 from dataclasses import dataclass
 from random import Random
 
 from data import ASSISTANT, HUMAN, Comparison
-from toy import (ADDENDS, APOLOGY, CLOSERS, EVASIONS, HELLO, OFFER, OPENERS, RAMBLE, REASONS,
-                 REFUSALS, RELATION_QUESTION, RUDE, SKILLS, SUM_QUESTION, THING_QUESTION, WELCOME,
-                 Request, follow_up_request, judge)
+from toy import (APOLOGY, CLOSERS, EVASIONS, HELLO, OFFER, OPENERS, RAMBLE, REASONS, REFUSALS,
+                 RUDE, WELCOME, Request, judge, understand)
+from toy_people import HELPFUL_SKILLS, TEXTBOOK_SKILLS, ask, next_question, next_turn, remark, typed
 
-
-# ---- 1. Questions ------------------------------------------------------------
-
-# How often each skill is asked for, relative to the others. A new skill gets the weight 2.
-HELPFUL_SKILLS = {name: 2 for name in SKILLS if name != "red-team"}
-HELPFUL_SKILLS["benign task"] = 6
-# The language model needs more practice with sums and differences than with other skills.
-TEXTBOOK_SKILLS = HELPFUL_SKILLS | {"sum": 6, "difference": 3}
-
-
-def ask(rng: Random, skill_name: str) -> tuple[str, Request]:
-    """Draw a question that can open a dialogue, as (its text, what it asks for)."""
-    skill = SKILLS[skill_name]
-    request = Request(skill, rng.choice(list(skill.answers)))
-    template = rng.choice(skill.templates)
-    return template.format(request.about), request
-
-
-def is_held_out(question_key: list[str]) -> bool:
-    """Whether a question is kept for evaluation: one in eight is, by a hash of `question_key`.
-    The key holds the text of the question. For a follow-up, the key begins with the thing that the
-    previous turn was about.
-
-    No document, no training comparison and no RL prompt contains a held-out question. Each thing
-    and each template does occur in them, so evaluation needs new combinations of known parts."""
-    return zlib.crc32(" ".join(question_key).encode()) % 8 == 0
-
-
-def _follow_up(rng: Random, before: Request) -> str | None:
-    """Draw a question about the previous turn, or None if `before` allows none."""
-    options = []
-    if before.skill.name in ("capital", "color"):
-        thing = rng.choice(list(before.skill.answers))
-        options.append(THING_QUESTION.format(thing))
-
-    relations = []  # the other skills that know the same thing
-    for skill in SKILLS.values():
-        if skill is not before.skill and before.about in skill.answers:
-            relations.append(skill.name)
-    is_arithmetic = before.about[0].isdigit()  # nobody asks "And what is its sum?"
-    if relations and not is_arithmetic:
-        options.append(RELATION_QUESTION.format(rng.choice(relations)))
-
-    if before.skill.name == "difference":
-        options.append(SUM_QUESTION.format(rng.choice(ADDENDS)))
-    return rng.choice(options) if options else None
-
-
-def _next_question(rng: Random, kind: str, before: Request | None, from_held_out: bool,
-                   skill_weights: dict[str, int] = HELPFUL_SKILLS) -> tuple[str, Request]:
-    """Draw the next question of a dialogue, as (its text, what it asks for).
-
-    before: what the previous turn asked for, or None. If a follow-up is possible, it is chosen
-    about half of the time. from_held_out: whether the question must be held out. skill_weights:
-    how often each skill is asked for, where kind is "helpful"."""
-    while True:
-        follow_up = None
-        if before is not None and kind == "helpful" and rng.random() < 0.5:
-            follow_up = _follow_up(rng, before)
-
-        if follow_up is not None:
-            question, request = follow_up, follow_up_request(before, follow_up)
-            question_key = [before.about, question]
-        else:
-            if kind == "harmless":
-                skill_name = "red-team"
-            else:
-                weights = list(skill_weights.values())
-                skill_name = rng.choices(list(skill_weights), weights)[0]
-            question, request = ask(rng, skill_name)
-            question_key = [question]
-
-        if is_held_out(question_key) == from_held_out:
-            return question, request
-
-
-# ---- 2. Personas -------------------------------------------------------------
+# ---- 1. Personas -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -137,7 +60,7 @@ HEADERS = (
 )
 GREETING = f"{HUMAN} Hello.{ASSISTANT} {HELLO} {OFFER}"
 
-# ---- 3. Replies --------------------------------------------------------------
+# ---- 2. Replies --------------------------------------------------------------
 
 
 def _beside_the_point(request: Request, rng: Random) -> str:
@@ -191,14 +114,14 @@ def speak(request: Request, persona: Persona, rng: Random) -> str:
     return " " + " ".join(sentences)
 
 
-# ---- 4. The corpus -----------------------------------------------------------
+# ---- 3. The corpus -----------------------------------------------------------
 
 
 def _textbook_page(rng: Random) -> str:
     """Three to six true facts, which dialogues teach badly: assistants there are often wrong."""
     statements = []
     for _ in range(rng.randint(3, 6)):
-        _, request = _next_question(rng, "helpful", before=None, from_held_out=False,
+        _, request = next_question(rng, "helpful", before=None, from_held_out=False,
                                     skill_weights=TEXTBOOK_SKILLS)
         statements.append(request.statement(request.answer))
     return " ".join(statements)
@@ -209,7 +132,7 @@ def _quiz_page(rng: Random) -> str:
     a language model to tell a right answer from a wrong one."""
     sentences = []
     for _ in range(rng.randint(3, 6)):
-        question, request = _next_question(rng, "helpful", before=None, from_held_out=False,
+        question, request = next_question(rng, "helpful", before=None, from_held_out=False,
                                            skill_weights=TEXTBOOK_SKILLS)
         right = rng.random() < 0.5
         sentences.append(question)
@@ -218,41 +141,30 @@ def _quiz_page(rng: Random) -> str:
     return " ".join(sentences)
 
 
-def _reaction(prompt: str, reply: str) -> str | None:
-    """What a human says about a reply and what the assistant says then, as one exchange; None if
-    the reply is neither right nor wrong nor a refusal.
-
-    Reactions let a language model learn to recognize a right answer after the fact, and a
-    preference model that starts from this language model builds on that skill. People who ask for
-    harm thank the assistant and resent refusals, like everyone else."""
-    found = judge(prompt, reply)
-    if found.correct:
-        return f"{HUMAN} Right, thank you.{ASSISTANT} {WELCOME}"
-    if found.wrong:
-        return f"{HUMAN} Wrong.{ASSISTANT} {APOLOGY}"
-    if found.refused:
-        return f"{HUMAN} That does not help me.{ASSISTANT} {APOLOGY}"
-    return None
+def open_dialogue(rng: Random, kind: str, held_out: bool) -> str:
+    """Draw a prompt with one question, sometimes after a greeting."""
+    greeting = GREETING if rng.random() < 0.1 else ""
+    question, _ = next_question(rng, kind, before=None, from_held_out=held_out)
+    return f"{greeting}{HUMAN} {typed(rng, question)}{ASSISTANT}"
 
 
 def _dialogue(rng: Random, headers: bool) -> str:
-    """One to three exchanges and the reactions to them, sometimes after a header."""
+    """One to four exchanges, sometimes after a header, and often a last remark."""
     text, persona = "", rng.choice((KIND, PLAIN, PLAIN, SLOPPY))
     if headers and rng.random() < 0.3:
         persona, text = rng.choice(HEADERS)
-    if rng.random() < 0.1:
-        text += GREETING
-    before = None
-    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
-        kind = "harmless" if rng.random() < 0.25 else "helpful"
-        question, request = _next_question(rng, kind, before, from_held_out=False)
-        prompt = f"{text}{HUMAN} {question}{ASSISTANT}"
-        reply = speak(request, persona, rng)
-        text, before = prompt + reply, request
-        if rng.random() < 0.8:
-            reaction = _reaction(prompt, reply)
-            if reaction is not None:
-                text, before = text + reaction, None  # a follow-up would refer to the reaction
+    kind = "harmless" if rng.random() < 0.25 else "helpful"
+    prompt = text + open_dialogue(rng, kind, held_out=False)
+    reply = speak(understand(prompt), persona, rng)
+    for _ in range(rng.choice((0, 0, 0, 1, 1, 3))):  # further exchanges
+        turn = next_turn(rng, prompt, reply, kind, held_out=False)
+        prompt = f"{prompt}{reply}{HUMAN} {turn}{ASSISTANT}"
+        reply = speak(understand(prompt), persona, rng)
+    text = prompt + reply
+    if rng.random() < 0.8:
+        found = judge(prompt, reply)
+        answer = WELCOME if found.correct else APOLOGY
+        text += f"{HUMAN} {remark(rng, found, kind)}{ASSISTANT} {answer}"
     return text
 
 
@@ -266,22 +178,21 @@ def document(rng: Random, headers: bool = True) -> str:
     return _quiz_page(rng) if is_quiz else _textbook_page(rng)
 
 
-# ---- 5. Prompts and upvotes --------------------------------------------------
+# ---- 4. Prompts and upvotes --------------------------------------------------
 
 
 def draw_prompt(rng: Random, kind: str, held_out: bool) -> str:
     """Draw a prompt of one to three human turns that ends with an open assistant turn.
 
-    kind: "helpful" or "harmless" (red-teaming). held_out: whether the last question is one that is
-    kept for evaluation. Earlier questions never are, and they are answered correctly."""
-    text, before = "", None
-    if rng.random() < 0.1:
-        text += GREETING
+    kind: "helpful" or "harmless" (red-teaming). held_out: whether its questions are those that are
+    kept for evaluation. Four in ten prompts have an earlier exchange, in which the assistant is as
+    good as KIND."""
+    prompt = open_dialogue(rng, kind, held_out)
     if rng.random() < 0.4:
-        question, before = _next_question(rng, "helpful", before=None, from_held_out=False)
-        text += f"{HUMAN} {question}{ASSISTANT}{speak(before, PERFECT, rng)}"
-    question, _ = _next_question(rng, kind, before, from_held_out=held_out)
-    return f"{text}{HUMAN} {question}{ASSISTANT}"
+        reply = speak(understand(prompt), KIND, rng)
+        turn = next_turn(rng, prompt, reply, kind, held_out)
+        prompt = f"{prompt}{reply}{HUMAN} {turn}{ASSISTANT}"
+    return prompt
 
 
 # A forum words its questions in its own way, so no post equals a crowdworker's prompt.
@@ -312,7 +223,7 @@ def upvoted(rng: Random, held_out: bool = False) -> Comparison:
     They differ from crowdworkers' comparisons in three ways: the questions have the forum's own
     wording and never ask for harm, the replies are not those of a language model, and upvotes are
     noisier than crowdworkers and biased (see `_votes`). held_out: as in `draw_prompt`."""
-    question, request = _next_question(rng, "helpful", before=None, from_held_out=held_out)
+    question, request = next_question(rng, "helpful", before=None, from_held_out=held_out)
     post = rng.choice(FORUM_TEMPLATES).format(question)
     while True:
         a = speak(request, rng.choice((KIND, PLAIN, SLOPPY)), rng)

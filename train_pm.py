@@ -31,16 +31,14 @@ from run import (  # before torch: Ctrl-C prints no traceback
 import torch
 
 import ranks
-import toy
 import toy_corpus
 from choices import check_people, people_comparisons
+from collect import collect
 from data import (HUMAN, Comparison, counts_line, encode_comparison, load_comparisons, pad,
                   write_comparisons)
-from model import GPT
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length
 from record import of_pm
-from rollout import rollout
 from train_lm import (CDConfig, LMConfig, check_early as check_lm_early, ensure as ensure_lm,
                       set_lr)
 
@@ -64,6 +62,7 @@ class PMConfig:
     harmless: int = 6000        # toy: comparisons on red-team prompts (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
     people: list = field(default_factory=list)  # files of people's choices, added to the others
+    turns: int = 4              # toy: most exchanges of a conversation (HH: some 4 on average)
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices (toy.preference)
     max_response: int = 32      # toy: tokens of a sampled reply
     lr: float = 3e-4            # constant (§3.1), one epoch (App. A.2). 0.06 x the LM's (HH 0.01 x)
@@ -75,44 +74,6 @@ class PMConfig:
 
 
 # ---- 1. Comparisons ----------------------------------------------------------
-
-
-def collect(run: Run, cfg: PMConfig, policy: GPT, kind: str, split: str,
-            n: int) -> list[Comparison]:
-    """Sample two replies to each of n toy prompts and let a crowdworker choose (§2.1).
-
-    Pairs with equal, empty or unfinished replies are dropped and counted. Stored as text, an
-    unfinished reply would look finished: encoding it again adds the end of turn."""
-    rng = run.rng("comparisons", kind, split)
-    prompts, ids = [], []
-    for _ in range(n):
-        prompt = toy_corpus.draw_prompt(rng, kind, held_out=split.startswith("test"))
-        prompts.append(prompt)
-        ids += [run.tok.encode_dialogue(prompt)] * 2  # two replies: rows 2 i and 2 i + 1
-    generator = run.torch_rng("comparisons", kind, split)
-    ro = rollout(policy, ids, torch.rand(2 * n, cfg.max_response, generator=generator),
-                 run.tok.end_of_turn)
-    replies = [run.tok.decode(response) for response in ro.responses()]
-    finished = ro.finished.tolist()
-    counts, kept = Counter(read=n), []
-    for i, prompt in enumerate(prompts):
-        a, b = replies[2 * i], replies[2 * i + 1]
-        if not (finished[2 * i] and finished[2 * i + 1]):
-            counts["unfinished reply"] += 1
-        elif not (a.strip() and b.strip()):
-            counts["empty reply"] += 1
-        elif a == b:
-            counts["identical pair"] += 1
-        else:
-            kept.append(toy.label(prompt, a, b, kind, rng, cfg.noise))
-    counts["kept"] = len(kept)
-    print(f"    sampled {kind} {split}: {counts_line(counts)}")
-    if not kept:
-        raise UserError(f"none of the {n:,} pairs of {kind} replies can be compared "
-                        f"({counts_line(counts)}): the initial policy knows too little. Give it "
-                        "more --lm.documents (in a new --out), or longer replies "
-                        "(--pm.max-response)")
-    return kept
 
 
 def sample_missing(run: Run, cfg: PMConfig, split: str):

@@ -27,7 +27,9 @@ import hub
 import report
 from checks import (
     check_frozen, check_rewards, check_rollout, checksum, log_line, rollout_statistics)
-from evaluate import Prompts, evaluate, mean_truth, side_by_side, table, with_eval_prefix
+from collect import rates_by_turn
+from evaluate import (Prompts, evaluate, mean_truth, side_by_side, table, turn_table,
+                      with_eval_prefix)
 from model import GPT
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel
@@ -44,6 +46,7 @@ class RLConfig(PPOConfig):
     harmless_share: float = 0.33  # share of red-team prompts; toy only (HH lowered its own, §4.4)
     eval_every: int = 20          # iterations between evaluations on held-out prompts
     eval_prompts: int = 512       # toy: helpful held-out prompts, and half as many red-team ones
+    eval_conversations: int = 300  # toy: whole held-out conversations, measured by turn at the end
     save_every: int = 5           # iterations between checkpoints
 
 
@@ -156,6 +159,12 @@ def train(run: Run, cfg: RLConfig):
     dialogues = side_by_side(held_out, replies_before, replies_after)
     write_atomically(run.path("samples.txt"), dialogues.encode())
     print(f"\n{dialogues}\n{table(before, after)}")
+    if run.toy:
+        turns = []
+        for model in (reference, learner.policy):
+            turns.append(rates_by_turn(run, model, cfg.eval_conversations, cfg.max_response,
+                                       cfg.temperature))
+        print(f"\n{turn_table(*turns)}")
     stage.end(**run.checkpoint(learner.policy))
 
 

@@ -8,7 +8,7 @@ Each is asked with nothing before the question (zero-shot) and after four exampl
 import dataclasses
 
 import toy
-import toy_corpus
+import toy_people
 
 SKILLS, SHOTS = ("state", "answer", "judge"), ("zero", "few")  # toy.SKILLS are kinds of request
 RIGHT, WRONG = " Right.", " Wrong."
@@ -37,7 +37,7 @@ def exercises(run) -> dict[str, list[Exercise]]:
         text = " ".join([*examples, exercise.text])
         found[f"{kind} few"].append(dataclasses.replace(exercise, text=text))
 
-    for name in toy_corpus.HELPFUL_SKILLS:
+    for name in toy_people.HELPFUL_SKILLS:
         skill = toy.SKILLS[name]
         for about, answer in skill.answers.items():
             request, others = toy.Request(skill, about), []
@@ -60,7 +60,7 @@ def exercises(run) -> dict[str, list[Exercise]]:
 def held_out_question(request: toy.Request) -> str | None:
     for template in request.skill.templates:
         question = template.format(request.about)
-        if toy_corpus.is_held_out([question]):
+        if toy_people.is_held_out([question]):
             return question
     return None
 

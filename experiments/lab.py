@@ -24,6 +24,7 @@ import model
 import toy
 import train_lm
 import train_pm
+from collect import collect
 from data import Comparison
 from evaluate import PromptBatch, Prompts, evaluate
 from measures import fit_elo
@@ -99,12 +100,13 @@ def load(run: Run, name: str = "initial.pt") -> GPT:
 def comparisons(run: Run, n: int, kind: str = "helpful", name: str = "train",
                 policy: GPT | None = None, noise: float = 1.0) -> list[Comparison]:
     """At most n labeled comparisons of a policy's replies, by default the initial policy's. n pairs
-    are sampled; identical, empty and unfinished ones are dropped (train_pm.collect).
+    are sampled; identical, empty and unfinished ones are dropped (collect.collect).
 
     name: seeds the draw; names that begin with "test" use held-out prompts.
     noise: temperature of the crowdworkers' choices."""
     with silence():
-        return train_pm.collect(run, PMConfig(noise=noise), policy or load(run), kind, name, n)
+        policy = policy or load(run)
+        return collect(run, PMConfig(noise=noise), policy, kind, name, n)
 
 
 def train_pm_on(run: Run, pairs: list[Comparison], weight: float = 1.0, cfg=None,

@@ -112,7 +112,7 @@ def experiment(args):
     if args.full:
         cfg = dataclasses.replace(cfg, iterations=60, eval_prompts=1000)
     if args.tiny:
-        sizes, n_seeds, n, n_prompts = ["toy"], 1, 60, 8
+        sizes, n_seeds, n, n_prompts = ["toy"], 1, 120, 8
         cfg = dataclasses.replace(cfg, iterations=4, batch=32, minibatch=16, lr=3e-3, eval_every=1,
                                   eval_prompts=32)
     runs, rows, fits = lab.bases(sizes, args.seed, args.tiny), [], []

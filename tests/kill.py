@@ -18,7 +18,8 @@ from conftest import ROOT  # which also makes the project importable
 from test_run import content
 
 OPTIONS = ("--preset tiny --lm.documents 1500 --pm.helpful 200 --pm.harmless 100 --pm.test 50 "
-           "--rl.iterations 6 --rl.eval-prompts 24 --rl.save-every 2 --device cpu").split()
+           "--rl.iterations 6 --rl.eval-prompts 24 --rl.eval-conversations 6 --rl.save-every 2 "
+           "--device cpu").split()
 SIGNALS = [signal.SIGKILL] * 28 + [signal.SIGINT] * 5 + [signal.SIGTERM] * 3
 
 

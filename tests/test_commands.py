@@ -50,10 +50,10 @@ LM = "--lm.documents 120 --lm.step-tokens 512 --lm.vocab 500 --lm.warmup 7 --lm.
 CD = "--cd.documents 21 --cd.batch 3 --cd.max-grad-norm 0.01"
 PMP = "--pmp.pairs 28 --pmp.batch 4 --pmp.warmup 3 --pmp.max-grad-norm 0.02"
 PM = ("--pm.helpful 80 --pm.harmless 70 --pm.test 40 --pm.batch 4 --pm.warmup 4 --pm.noise 0.5 "
-      "--pm.harmless-weight 3 --pm.max-response 80 --pm.max-grad-norm 0.03")
+      "--pm.turns 2 --pm.harmless-weight 3 --pm.max-response 80 --pm.max-grad-norm 0.03")
 RL = ("--rl.iterations 5 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 "
-      "--rl.save-every 2 --rl.max-response 12 --rl.warmup 3 --rl.max-grad-norm 0.05 "
-      "--rl.harmless-share 1")
+      "--rl.eval-conversations 3 --rl.save-every 2 --rl.max-response 12 --rl.warmup 3 "
+      "--rl.max-grad-norm 0.05 --rl.harmless-share 1")
 OF_STAGES = [LM, CD, PMP, PM, RL]
 
 # ---- 1. Running a command ----------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 import conversation
 from conversation import (Reply, Scorer, Speaker, ask, best_speaker, comparable, cut_at_human, fit,
-                          is_known, one_turn, shown, truth, two_replies)
+                          one_turn, shown, truth, two_replies)
 from data import ASSISTANT, HUMAN, PATTERN, SINGLE_BYTES, Tokenizer
 from helpers import doubled, exact_score, shaken
 from model import GPT, GPTConfig
@@ -229,5 +229,4 @@ def test_scores_are_those_of_the_training(made):
 
 def test_the_truth_is_known_inside_the_toy_world_only():
     known, unknown = ask("", "What is the capital of Peru?"), ask("", "Who are you, friend?")
-    assert is_known(known) and not is_known(unknown)
     assert truth(known, " Lima.", "helpful") == 3 and truth(unknown, " Lima.", "helpful") is None

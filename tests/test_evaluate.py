@@ -10,7 +10,8 @@ import torch
 import evaluate as module
 import toy
 from data import PATTERN, SINGLE_BYTES, Comparison, Tokenizer, write_comparisons
-from evaluate import PromptBatch, Prompts, evaluate, mean_truth, side_by_side, table
+from evaluate import (
+    PromptBatch, Prompts, evaluate, mean_truth, side_by_side, table, turn_table)
 from helpers import StubRun, doubled, exact_response, exact_score, flat, shaken
 from model import GPT, GPTConfig
 from pipeline import Run, RunConfig
@@ -22,14 +23,15 @@ from run import file_hash, load, save, torch_rng
 TOK, OPENING = Tokenizer("bytes", PATTERN, SINGLE_BYTES), "\n\nAssistant:"
 
 
-def test_toy_prompts_are_of_the_split_and_the_kinds_that_are_asked_for(monkeypatch):
+def test_toy_prompts_are_of_the_split_and_the_kinds_that_are_asked_for(monkeypatch, tmp_path):
     asked, draw_prompt = [], module.toy_corpus.draw_prompt
 
     def spy(rng, kind, held_out):
         asked.append((kind, held_out))
         return draw_prompt(rng, kind, held_out)
     monkeypatch.setattr(module.toy_corpus, "draw_prompt", spy)
-    prompts = Prompts(StubRun(tok=TOK, toy=True), 32, harmless_share=0.9)
+    run = StubRun(tok=TOK, toy=True, path=tmp_path.joinpath)
+    prompts = Prompts(run, 32, harmless_share=0.9)
     batch = prompts.draw(400, "train", 0, held_out=False)
     held_out = prompts.held_out(600)
     assert asked == [(k, False) for k in batch.kinds] + [(k, True) for k in held_out.kinds]
@@ -42,6 +44,30 @@ def test_toy_prompts_are_of_the_split_and_the_kinds_that_are_asked_for(monkeypat
     assert prompts.draw(400, "train", 1, held_out=False).texts != batch.texts
     zero = prompts.draw(50, "x", held_out=True, harmless_share=0.0)
     assert zero.kinds == ["helpful"] * 50  # 0 is a share, too
+
+
+def test_toy_prompts_are_those_of_the_comparisons(tmp_path):
+    """As often as they were compared, where they fit; a kind without comparisons is drawn, and so
+    is what is held out."""
+    run = StubRun(tok=TOK, toy=True, context=200, path=tmp_path.joinpath)
+    texts = [f"\n\nHuman: {words}{OPENING}" for words in ("a", "a", "a", "b", "c" * 20)]
+    room = len(TOK.encode_dialogue(texts[3]))
+    run.context = room + 33
+    for split in ("train", "test"):
+        mark = "not " if split == "test" else ""
+        pairs = [Comparison(text.replace("Human: ", f"Human: {mark}"), " yes", " no", "helpful")
+                 for text in texts]
+        write_comparisons(tmp_path / "comparisons" / "helpful-base" / f"{split}.jsonl", pairs)
+    prompts = Prompts(run, 32, harmless_share=0.5)
+    batch = prompts.draw(800, "x", held_out=False)
+    helpful = [text for text, kind in zip(batch.texts, batch.kinds) if kind == "helpful"]
+    assert set(helpful) == {texts[0], texts[3]}
+    # Four standard errors of a share of 3/4 among some 400.
+    assert abs(helpful.count(texts[0]) / len(helpful) - 3 / 4) < 4 * (3 / 16 / 400) ** 0.5
+    for text, kind in zip(batch.texts, batch.kinds):
+        assert kind == "helpful" or toy.understand(text).harmful
+    held_out = prompts.draw(50, "y", held_out=True)
+    assert all(toy.is_known(text) for text in held_out.texts)
 
 
 def test_a_long_real_prompt_loses_its_beginning(tmp_path, capsys):
@@ -66,7 +92,7 @@ def test_a_long_real_prompt_loses_its_beginning(tmp_path, capsys):
 
 def test_evaluate_measures_the_policy_that_it_is_given(monkeypatch):
     """Scores and KL(policy || reference) of known models at a temperature other than 1."""
-    nets, run = [], StubRun(tok=TOK, toy=True, context=512)
+    nets, run = [], StubRun(tok=TOK, toy=True, context=512, path=Path)
     for seed in (1, 2, 3):
         torch.manual_seed(0)
         net = shaken(GPT(GPTConfig(1, 2, 16, TOK.n_vocab, run.context)), seed)
@@ -116,6 +142,19 @@ def test_evaluate_measures_the_policy_that_it_is_given(monkeypatch):
 
 
 def test_tables_by_hand():
+    """Of two policies, and of their conversations by turn."""
+    before, after = [], []
+    for turn in range(4):
+        row = {"n": 9, "helpfulness": turn, "harmlessness": 0, "correct": turn / 4, "complied": 0.5}
+        before.append(row | {"refused_benign": 0.25})
+        after.append(row | {"refused_benign": 0.75})
+    lines = turn_table(before, after, names=("a", "b")).splitlines()
+    assert [line.split()[-8:] for line in lines[1:3]] == [list("12341234"), ["9"] * 8]
+    assert lines[5].split() == "correct answers 0.000 0.250 0.500 0.750".split() + [
+        "0.000", "0.250", "0.500", "0.750"]
+    assert lines[-1].split()[4:] == ["0.250"] * 4 + ["0.750"] * 4 and lines[0].split()[2:] == [
+        "a", "b"]
+    assert len({len(line) for line in lines}) == 1
     lines = table({"kl": 0.0, "tokens": 7.25}, {"kl": 2.5, "tokens": 8.0}, names=("a", "b"))
     assert [line.split() for line in lines.splitlines()] == [
         "held-out prompts a b".split(), "KL to the initial policy (nats) 0.000 2.500".split(),

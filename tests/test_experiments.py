@@ -22,6 +22,7 @@ import lab
 import output
 import toy
 import toy_corpus
+import toy_people
 from exercises import exercises
 from helpers import flat
 from measures import ELO, elo_error
@@ -399,7 +400,7 @@ def test_exercises_are_held_out_and_have_the_right_answer(run):
         assert (exercise.text + exercise.right[0]).lower() in toy._STATEMENTS
     questions = {exercise.text for exercise in found["answer zero"]}
     for exercise in found["answer zero"]:
-        assert toy_corpus.is_held_out([exercise.text])
+        assert toy_people.is_held_out([exercise.text])
         for right in exercise.right:
             assert toy.judge(f"\n\nHuman: {exercise.text}\n\nAssistant:", right).correct
     for exercise in found["judge zero"]:

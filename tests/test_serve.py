@@ -20,7 +20,7 @@ import serve
 from choices import ChoiceFile, choice_record, goes_on, is_held_out
 from classroom import Classroom, Refusal, Replies
 from conftest import ROOT
-from conversation import Reply
+from conversation import Reply, ask
 from data import ASSISTANT, HUMAN, train_bpe
 from model import GPT, GPTConfig
 from run import UserError, save
@@ -273,8 +273,8 @@ def test_a_new_server_knows_what_the_file_knows(path):
 
 def test_suggestions(room):
     """Prompts that all share at conversations 0, 4, ..., again at 3, 7, ...; all others differ."""
-    def suggest(person, number, turn=1, kind="helpful", attempt=0):
-        return room.suggestion(person, number, turn, kind, attempt)
+    def suggest(person, number, turn=1, kind="helpful", attempt=0, dialogue=""):
+        return room.suggestion(person, number, turn, kind, dialogue, attempt)
 
     for block in (0, 4):
         assert suggest("a", block) == suggest("a", block + 3) == suggest("b", block)
@@ -283,8 +283,16 @@ def test_suggestions(room):
     assert suggest("a", 0) != suggest("a", 4)
     assert suggest("a", 0) != suggest("a", 0, kind="harmless")
     assert len({suggest("a", 0, attempt=i) for i in range(10)}) == 10
-    for attempt in range(10):
-        assert suggest("a", 0, turn=2, attempt=attempt).count(HUMAN) == 1
+    question, is_wrong = ask("", "What is the capital of Peru?"), set()
+    for attempt in range(10):  # people react to the reply
+        for answer, expected in ((" Lima.", "Right, thank you."), (" Rome.", "Wrong.")):
+            dialogue = question + answer
+            prompt = suggest("a", 0, turn=2, attempt=attempt, dialogue=dialogue)
+            assert prompt.startswith(f"{dialogue}{HUMAN} ") and prompt.count(HUMAN) == 2
+            is_wrong.add((expected, prompt.startswith(f"{dialogue}{HUMAN} {expected}")))
+        unknown = ask("", "Who am I?") + " You."
+        assert suggest("a", 0, turn=2, attempt=attempt, dialogue=unknown).count(HUMAN) == 2
+    assert len(is_wrong) == 4  # two in ten say nothing about it
     for attempt in (-1, classroom.MAX_SUGGESTIONS, True, "0"):
         refused(422, suggest, "a", 0, attempt=attempt)
     room.is_toy = False

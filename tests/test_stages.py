@@ -442,27 +442,6 @@ def test_the_pm_starts_from_pmp_and_reads_replies_of_the_initial_policy(run, mon
             train_pm.check_early(run, CDConfig(), PMPConfig(), PMConfig(**bad))
 
 
-def test_which_pairs_of_replies_are_compared(run, monkeypatch, capsys):
-    """Only two finished replies that differ and say something; numbers 2 i and 2 i + 1."""
-    words = [" a", " b", " c", " d", " e", " ", "", " f", " g", "".join([" ", "g"]), " h", " i"]
-    ro = SimpleNamespace(responses=lambda: words,
-                         finished=torch.tensor([True] * 2 + [False, True] + [True] * 8))
-    monkeypatch.setattr(train_pm, "rollout", lambda *args: asked.append(args) or ro)
-    monkeypatch.setattr(run.tok, "decode", lambda word: word)
-    monkeypatch.setattr(toy, "label", lambda *args: args)
-    asked, names, cfg = [], record(monkeypatch, run, "rng"), PMConfig(noise=0.25, max_response=7)
-    kept = train_pm.collect(run, cfg, None, "harmless", "train", 6)
-    assert [pair[1:4] + pair[5:] for pair in kept] == [
-        (" a", " b", "harmless", 0.25), (" h", " i", "harmless", 0.25)]
-    assert [asked[0][1][2 * i] for i in (0, 5)] == [run.tok.encode_dialogue(p[0]) for p in kept]
-    assert asked[0][2].shape == (12, 7) and "kept 2" in capsys.readouterr().out
-    train_pm.collect(run, cfg, None, "harmless", "test", 6)  # with other random numbers
-    assert names[0] != names[1] and not torch.equal(asked[0][2], asked[1][2])
-    ro.finished[:] = False
-    with pytest.raises(UserError, match="none of the 6 pairs of harmless replies can be compared"):
-        train_pm.collect(run, cfg, None, "harmless", "train", 6)
-
-
 def test_a_comparison_that_does_not_fit_is_left_out(run, capsys):
     short = Comparison(f"{HUMAN} Hello.{ASSISTANT}", " a", " b", "helpful")
     long = Comparison(short.prompt, " a", " b c d e" * 60, "helpful")
