@@ -283,16 +283,17 @@ def test_suggestions(room):
     assert suggest("a", 0) != suggest("a", 4)
     assert suggest("a", 0) != suggest("a", 0, kind="harmless")
     assert len({suggest("a", 0, attempt=i) for i in range(10)}) == 10
-    question, is_wrong = ask("", "What is the capital of Peru?"), set()
+    question, remarks = ask("", "What is the capital of Peru?"), set()
     for attempt in range(10):  # people react to the reply
         for answer, expected in ((" Lima.", "Right, thank you."), (" Rome.", "Wrong.")):
             dialogue = question + answer
             prompt = suggest("a", 0, turn=2, attempt=attempt, dialogue=dialogue)
             assert prompt.startswith(f"{dialogue}{HUMAN} ") and prompt.count(HUMAN) == 2
-            is_wrong.add((expected, prompt.startswith(f"{dialogue}{HUMAN} {expected}")))
+            if prompt.startswith(f"{dialogue}{HUMAN} {expected}"):
+                remarks.add(expected)
         unknown = ask("", "Who am I?") + " You."
         assert suggest("a", 0, turn=2, attempt=attempt, dialogue=unknown).count(HUMAN) == 2
-    assert len(is_wrong) == 4  # two in ten say nothing about it
+    assert len(remarks) == 2
     for attempt in (-1, classroom.MAX_SUGGESTIONS, True, "0"):
         refused(422, suggest, "a", 0, attempt=attempt)
     room.is_toy = False
