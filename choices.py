@@ -18,12 +18,7 @@ from pathlib import Path
 from typing import Sequence
 
 from data import HUMAN, Comparison, counts_line, parse, parse_json_object, read_comparisons
-from run import UserError, check_is_file
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, two programs on one file are not noticed
-    fcntl = None
+from run import UserError, check_is_file, lock
 
 # ---- 1. A choice -------------------------------------------------------------
 
@@ -126,25 +121,15 @@ class _LineFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "a+b", buffering=0)
-            self._lock()
+            if not lock(self.file):
+                raise UserError(f"another program is adding choices to {path}: end it, or use "
+                                "another file")
             self._read()
         except OSError as error:
             raise UserError(f"cannot open {path}: {error.strerror}") from None
         except UserError:
             self.file.close()
             raise
-
-    def _lock(self):
-        """The system unlocks the file when this process ends or dies."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another program is adding choices to {self.path}: end it, or use "
-                            "another file") from None
-        except OSError:
-            return  # a disk without locks
 
     def _read(self):
         """Read all records, and set a half-written last line aside."""

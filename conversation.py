@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Iterator
 
 from run import (  # before torch: Ctrl-C prints no traceback
-    UserError, autocast, check_is_file, choose_device, compute_dtype, file_hash, load, rng,
-    torch_rng)
+    UserError, autocast, check_is_file, choose_device, file_hash, load, rng, torch_rng)
 
 import torch
 
@@ -29,7 +28,7 @@ from data import (ASSISTANT, HUMAN, MARKER, MIN_PROMPT, Comparison, Tokenizer, e
                   parse, render)
 from model import GPT, GPTConfig, sample
 from pm import ScalarModel, score_rows
-from rollout import Sampler
+from rollout import Sampler, cache_dtype
 from stage import read_config
 
 # ---- 1. Texts ----------------------------------------------------------------
@@ -221,11 +220,8 @@ class Speaker(Model):
     @torch.no_grad()
     def sample_ids(self, prompt: list[int], seed: int) -> Iterator[int]:
         """The tokens of one response, one by one: rollout.plain_rollout with a cache."""
-        dtype = self.net.embed.weight.dtype
-        if compute_dtype(self.device) == torch.bfloat16:
-            dtype = torch.bfloat16
         size = len(prompt) + self.max_response
-        cache = KVCache(self.net.cfg, 1, size, self.device, dtype)
+        cache = KVCache(self.net.cfg, 1, size, self.device, cache_dtype(self.net))
         ids = torch.tensor([prompt], device=self.device)       # (1, P), later (1, 1)
         for uniform in self.uniforms(seed).to(self.device):
             with autocast(self.device):

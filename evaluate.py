@@ -29,7 +29,7 @@ from model import GPT
 from pipeline import Run, RunConfig
 from pm import ScalarModel
 from ppo import PPOConfig, all_logprobs, pm_scores
-from rollout import rollout
+from rollout import Rollouts, rollout
 from stage import read_config
 
 # ---- 1. Prompts --------------------------------------------------------------
@@ -116,18 +116,31 @@ class Prompts:
 # ---- 2. evaluate -------------------------------------------------------------
 
 
+def sample_replies(run: Run, cfg: PPOConfig, policy: GPT, prompts: PromptBatch,
+                   indices: list[int]) -> Rollouts:
+    """One reply to each of some held-out prompts. A prompt has the same random numbers each time,
+    so equal policies give equal replies."""
+    uniforms = torch.rand(len(prompts.ids), cfg.max_response, generator=run.torch_rng("eval"))
+    ids = [prompts.ids[i] for i in indices]
+    return rollout(policy, ids, uniforms[indices], run.tok.end_of_turn, cfg.temperature, cfg.slots)
+
+
+def measure(run: Run, cfg: PPOConfig, policy: GPT, reference: GPT, pm: ScalarModel,
+            prompts: PromptBatch):
+    """One reply to each held-out prompt: the N Rollouts, their scores (N,), and their KL to the
+    reference (N,) in nats per response (HH §4.3 takes training samples)."""
+    ro = sample_replies(run, cfg, policy, prompts, list(range(len(prompts.ids))))
+    scores = pm_scores(pm, ro, run.tok.end_of_context, cfg)
+    k1, _ = kl_estimates(all_logprobs(policy, ro, cfg), all_logprobs(reference, ro, cfg))
+    return ro, scores, (k1 * ro.mask).sum(1)
+
+
 def evaluate(run: Run, cfg: PPOConfig, policy: GPT, reference: GPT, pm: ScalarModel,
              prompts: PromptBatch) -> tuple[dict, list[str]]:
-    """Sample one reply to each held-out prompt and measure it. Returns the numbers and the texts of
-    the replies.
-
-    The random numbers are the same each time, so equal policies give equal replies. The KL to the
-    reference is in nats per response (HH §4.3 takes training samples)."""
-    uniforms = torch.rand(len(prompts.ids), cfg.max_response, generator=run.torch_rng("eval"))
-    ro = rollout(policy, prompts.ids, uniforms, run.tok.end_of_turn, cfg.temperature, cfg.slots)
-    scores = pm_scores(pm, ro, run.tok.end_of_context, cfg).tolist()
-    k1, _ = kl_estimates(all_logprobs(policy, ro, cfg), all_logprobs(reference, ro, cfg))
-    kl = (k1 * ro.mask).sum(1).mean().item()
+    """Measure one reply to each held-out prompt. Returns the mean numbers and the texts of the
+    replies."""
+    ro, scores, kl = measure(run, cfg, policy, reference, pm, prompts)
+    scores, kl = scores.tolist(), kl.mean().item()
     check_finite("evaluation", score=sum(scores), kl=kl)
     replies = [run.tok.decode(response) for response in ro.responses()]
     numbers = {"score_helpful": mean_of_kind(scores, prompts.kinds, "helpful"),

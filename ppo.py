@@ -85,19 +85,19 @@ def tokens_at(ro: Rollouts, i):
     return ro.mask[i].nonzero(as_tuple=True)
 
 
-def states_at(ro: Rollouts, i):
+def states_at(ro: Rollouts, i, at):
     """Rows and columns, (n,) each, of the states of these tokens in ro.rows(i) (B, T): one position
     before each token."""
-    row, t = tokens_at(ro, i)
+    row, t = at
     return row, ro.prompt_len[i][row] - 1 + t
 
 
 def all_logprobs(policy: GPT, ro: Rollouts, cfg: PPOConfig):
     """(N, R) log-probs of all the responses, without gradients. Old and reference log-probs come
     from this one function: the same temperature, the same masks."""
-    def of_responses(i):
-        states = policy(ro.rows(i), states_at(ro, i))  # (n, D): only these get logits
-        return token_logprobs(policy, states, ro.actions[i][tokens_at(ro, i)], cfg.temperature)
+    def of_responses(i, at):
+        states = policy(ro.rows(i), states_at(ro, i, at))  # (n, D): only these get logits
+        return token_logprobs(policy, states, ro.actions[i][at], cfg.temperature)
     return in_batches(of_responses, ro, cfg.token_budget)
 
 
@@ -111,9 +111,10 @@ def in_batches(function, ro: Rollouts, token_budget: int):
     budget = tokens_at_once(token_budget, result.device)
     for batch in ranks.own_batches(ro.lengths.tolist(), budget):
         i = torch.tensor(batch, device=result.device)
-        row, t = tokens_at(ro, i)
+        at = tokens_at(ro, i)
+        row, t = at
         with autocast(result.device):
-            result[i[row], t] = function(i).to(result.dtype)
+            result[i[row], t] = function(i, at).to(result.dtype)
     return ranks.add_up(result)
 
 
@@ -133,8 +134,8 @@ def shaped_rewards(scores, logp, ref_logp, mask, kl_coef):
 
 def all_values(critic: ScalarModel, ro: Rollouts, cfg: PPOConfig):
     """(N, R) values V(s_t) of all the responses, without gradients."""
-    def of_responses(i):
-        return critic(ro.rows(i), states_at(ro, i))
+    def of_responses(i, at):
+        return critic(ro.rows(i), states_at(ro, i, at))
     return in_batches(of_responses, ro, cfg.token_budget)
 
 
@@ -224,7 +225,8 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
             optimizer.zero_grad(set_to_none=True)
             for part in ranks.own_batches(lengths[minibatch].tolist(), budget):
                 i = minibatch[part].to(device)                                            # (B,)
-                ids, at, before = ro.rows(i), tokens_at(ro, i), states_at(ro, i)
+                at = tokens_at(ro, i)
+                ids, before = ro.rows(i), states_at(ro, i, at)
                 actions, old_logp = ro.actions[i][at], ex.logp[i][at]                     # (n,)
                 advantages = ex.advantages[i][at]                                         # (n,)
                 old_values, returns = ex.values[i][at], ex.returns[i][at]                 # (n,)

@@ -34,17 +34,14 @@ import dataclasses
 import math
 from collections import Counter
 
-import torch
-
 import toy
-from checks import kl_estimates
 from data import HUMAN, Comparison
-from evaluate import TITLES, PromptBatch
+from evaluate import TITLES, PromptBatch, measure, sample_replies
 from model import GPT
 from pipeline import Run
 from pm import ScalarModel, score_rows, wilson
 from ppo import PPOConfig, all_logprobs, all_values, gae, pm_scores, shaped_rewards
-from rollout import Rollouts, rollout
+from rollout import Rollouts
 
 # ---- 1. PM -------------------------------------------------------------------
 
@@ -166,19 +163,11 @@ class Recorder:
             content["table"] = self.table(policy)
         return content
 
-    def sample(self, policy: GPT, indices: list[int]) -> Rollouts:
-        """The replies that `evaluate` samples to some of the prompts."""
-        generator = self.run.torch_rng("eval")
-        uniforms = torch.rand(len(self.prompts.ids), self.cfg.max_response, generator=generator)
-        ids = [self.prompts.ids[i] for i in indices]
-        return rollout(policy, ids, uniforms[indices], self.run.tok.end_of_turn,
-                       self.cfg.temperature, self.cfg.slots)
-
     def replies(self, policy: GPT, critic: ScalarModel) -> list[dict]:
         """The replies to the chosen prompts, with what each token did. The numbers come from the
         functions that training uses, so the report shows what the update would see."""
         run, cfg = self.run, self.cfg
-        ro = self.sample(policy, self.chosen)
+        ro = sample_replies(run, cfg, policy, self.prompts, self.chosen)
         scores = pm_scores(self.pm, ro, run.tok.end_of_context, cfg)                      # (N,)
         logp, ref_logp = all_logprobs(policy, ro, cfg), all_logprobs(self.reference, ro, cfg)
         rewards = shaped_rewards(scores, logp, ref_logp, ro.mask, cfg.kl_coef)            # (N, R)
@@ -223,10 +212,9 @@ class Recorder:
 
     def table(self, policy: GPT) -> dict:
         """The closing table (evaluate.table) with 95% intervals, from replies to all prompts."""
-        run, cfg, kinds = self.run, self.cfg, self.prompts.kinds
-        ro = self.sample(policy, list(range(len(kinds))))
-        scores = pm_scores(self.pm, ro, run.tok.end_of_context, cfg).tolist()
-        k1, _ = kl_estimates(all_logprobs(policy, ro, cfg), all_logprobs(self.reference, ro, cfg))
+        run, kinds = self.run, self.prompts.kinds
+        ro, scores, kls = measure(run, self.cfg, policy, self.reference, self.pm, self.prompts)
+        scores = scores.tolist()
         samples = {}  # name -> one number for each reply that it concerns
 
         def add(name: str, number):
@@ -240,7 +228,7 @@ class Recorder:
                 for name, number in numbers.items():
                     if not math.isnan(number):  # it is not about prompts of this kind
                         add(name, number)
-        for kl, is_finished, length in zip((k1 * ro.mask).sum(1).tolist(), ro.finished.tolist(),
+        for kl, is_finished, length in zip(kls.tolist(), ro.finished.tolist(),
                                            ro.response_len.tolist()):
             add("kl", kl)
             add("finished", is_finished)

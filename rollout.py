@@ -318,13 +318,10 @@ class Sampler:
         self.cache, self.graphs, self.seen = None, {}, set()  # frees the old ones first
         cfg, N, device = self.policy.cfg, n_responses, self.device
         dtype = sampling_dtype(self.policy)
-        cache_dtype = dtype
-        if compute_dtype(device) == torch.bfloat16:
-            cache_dtype = torch.bfloat16
         n_own = -(-N // ranks.n_ranks())  # responses that this rank samples, at most
         B = min(self.wanted_slots or fitting_slots(cfg, size, device), _power_of_two(n_own))
         self.slots = B
-        self.cache = KVCache(cfg, B, size, device, cache_dtype)
+        self.cache = KVCache(cfg, B, size, device, cache_dtype(self.policy))
         # Per slot: the response it works on, the token to read next, the tokens sampled so far.
         self.response = torch.zeros(B, dtype=torch.long, device=device)
         self.token = torch.zeros(B, dtype=torch.long, device=device)
@@ -379,6 +376,13 @@ def rollout(policy: GPT, prompts: list[list[int]], uniforms, end_of_turn: int, t
 def sampling_dtype(policy: GPT) -> torch.dtype:
     """The dtype of log-probs: float32, or float64 in tests with a float64 policy."""
     return torch.promote_types(policy.embed.weight.dtype, torch.float32)
+
+
+def cache_dtype(policy: GPT) -> torch.dtype:
+    """The dtype of keys and values: what the matrix products give."""
+    if compute_dtype(policy.embed.weight.device) == torch.bfloat16:
+        return torch.bfloat16
+    return sampling_dtype(policy)
 
 
 def _round_up(n: int) -> int:

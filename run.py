@@ -24,6 +24,11 @@ import zlib
 from pathlib import Path
 from random import Random
 
+try:
+    import fcntl
+except ImportError:  # Windows: there, two processes on one file are not noticed
+    fcntl = None
+
 
 def _hide_traceback_of_ctrl_c(kind, error, traceback):
     """Ctrl-C is not an error. Python calls this when an exception ends the program."""
@@ -313,6 +318,24 @@ def progress(items, what: str, unit: str):
 def is_first() -> bool:
     """Whether this process writes: the first of several (ranks.py), or the only one."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def can_lock() -> bool:
+    return fcntl is not None
+
+
+def lock(file) -> bool:
+    """Lock an open file, until it is closed or this process ends or dies. False if another process
+    has locked it. A disk without locks, or Windows, locks nothing."""
+    if not can_lock():
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_atomically(path, data: bytes):

@@ -11,8 +11,6 @@ file stands between them and the network, and trusts nothing from there. Read it
   4. Command
 """
 import argparse
-import base64
-import hashlib
 import hmac
 import ipaddress
 import json
@@ -36,6 +34,7 @@ from agreement import Judge
 from choices import ChoiceFile
 from classroom import Classroom, Refusal, Replies, as_bytes
 from conversation import Speaker
+from report import digest
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY = 16_384   # bytes; the longest line of text, escaped, has 6,000
@@ -139,12 +138,11 @@ class Page:
         hashes = {}
         for tag in ("script", "style"):
             content = re.search(f"<{tag}>(.*?)</{tag}>", text, re.S)[1]
-            digest = hashlib.sha256(content.encode()).digest()
-            hashes[tag] = base64.b64encode(digest).decode()
+            hashes[tag] = digest(content)
         self.headers = {
             "Content-Security-Policy":
-                f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
-                f"style-src 'sha256-{hashes['style']}'; img-src data:; connect-src 'self'; "
+                f"default-src 'none'; script-src {hashes['script']}; "
+                f"style-src {hashes['style']}; img-src data:; connect-src 'self'; "
                 "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-store", "Connection": "close"}

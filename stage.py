@@ -38,13 +38,8 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from run import (UserError, file_hash, first_sentence, flag, is_first, is_out_of_memory, load,
-                 read_text, rng, save, torch_rng, write_atomically)
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, two runs in one folder are not noticed
-    fcntl = None
+from run import (UserError, can_lock, file_hash, first_sentence, flag, is_first, is_out_of_memory,
+                 load, lock, read_text, rng, save, torch_rng, write_atomically)
 
 # ---- 1. Folder ---------------------------------------------------------------
 
@@ -119,16 +114,15 @@ class Folder:
         """Keep other processes from training in this folder until this one ends. Raises UserError
         if one already does."""
         folder = self.out.resolve()
-        if folder in _locks or fcntl is None or not is_first():
+        if folder in _locks or not can_lock() or not is_first():
             return
         try:
             file = open(self.path(".lock"), "w")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is working in {self.out}: wait until it ends, or use "
-                            "another --out") from None
         except OSError:
-            return  # a disk without locks, or one that nobody can write to, as `save` will say
+            return  # a disk that nobody can write to, as `save` will say
+        if not lock(file):
+            raise UserError(f"another run is working in {self.out}: wait until it ends, or use "
+                            "another --out")
         _locks[folder] = file
 
     def check_options(self):

@@ -228,7 +228,7 @@ def clock(function: Callable, device) -> float:
 
 def machine(device) -> tuple[float, float]:
     """Bytes/s of a large copy (read and written) and FLOP/s of a large matmul, the best of five."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype(device)
     n_bytes, d = (2**30, 8192) if device.type == "cuda" else (2**27, 1536)
     a, b = torch.ones(n_bytes // 4, device=device), torch.empty(n_bytes // 4, device=device)
     x = torch.ones(d, d, device=device, dtype=dtype)

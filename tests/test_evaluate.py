@@ -90,15 +90,22 @@ def test_a_long_real_prompt_loses_its_beginning(tmp_path, capsys):
     assert all(" test " in text for text in prompts.held_out(4).texts)
 
 
-def test_evaluate_measures_the_policy_that_it_is_given(monkeypatch):
-    """Scores and KL(policy || reference) of known models at a temperature other than 1."""
-    nets, run = [], StubRun(tok=TOK, toy=True, context=512, path=Path)
+def talking_nets(run) -> list[GPT]:
+    """Three small networks in float64, some of whose replies end."""
+    nets = []
     for seed in (1, 2, 3):
         torch.manual_seed(0)
         net = shaken(GPT(GPTConfig(1, 2, 16, TOK.n_vocab, run.context)), seed)
-        with torch.no_grad():  # so that some replies end
+        with torch.no_grad():
             net.embed.weight[TOK.end_of_turn] = 2 * net.ln_f.bias
         nets.append(doubled(net).requires_grad_(False))
+    return nets
+
+
+def test_evaluate_measures_the_policy_that_it_is_given(monkeypatch):
+    """Scores and KL(policy || reference) of known models at a temperature other than 1."""
+    run = StubRun(tok=TOK, toy=True, context=512, path=Path)
+    nets = talking_nets(run)
     policy, reference, pm = nets[0], nets[1], ScalarModel(nets[2]).double()
     pm.mean += 0.4
     cfg = PPOConfig(max_response=6, temperature=0.7, unfinished_penalty=1.5, token_budget=1000)

@@ -420,7 +420,7 @@ def test_numbers_that_are_not_finite_stop_the_run(world, bad):
 
 
 def test_an_update_asks_the_device_few_questions(world, monkeypatch):
-    """A piece asks twice where its tokens are and once how wide it is; a minibatch asks once
+    """A piece asks once where its tokens are and once how wide it is; a minibatch asks once
     for all its statistics and once for its norms, and counts its tokens on the CPU; the whole
     update asks for lengths, and for the first ratio."""
     counts = Counter()
@@ -435,7 +435,7 @@ def test_an_update_asks_the_device_few_questions(world, monkeypatch):
         count(name)
     recorded(world, cfg, experience)
     n = -(-N // 4)
-    assert counts["nonzero"] == 2 * n and counts["__int__"] == n and counts["tolist"] == 3 * n
+    assert counts["nonzero"] == n and counts["__int__"] == n and counts["tolist"] == 3 * n
     assert counts["cpu"] == 2 and counts["item"] == n + 1 and counts["__bool__"] == 0
 
 

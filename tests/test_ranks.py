@@ -102,8 +102,9 @@ def work(n: int) -> list:
     parts.append(score_rows(pm, random_prompts(n, 4), token_budget=40))
     for batch in ranks.own_batches(ro.lengths.tolist(), 40):
         i = torch.tensor(batch)
-        states, actions = policy(ro.rows(i), states_at(ro, i)), ro.actions[i][tokens_at(ro, i)]
-        token_logprobs(policy, states, actions).sum().backward()
+        at = tokens_at(ro, i)
+        states = policy(ro.rows(i), states_at(ro, i, at))
+        token_logprobs(policy, states, ro.actions[i][at]).sum().backward()
     ranks.add_up_gradients(policy)
     return parts + [parameter.grad for parameter in policy.parameters()]
 

@@ -1,6 +1,7 @@
 """Tests of record.py: what it writes equals what training computes, by slow references."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,27 +9,21 @@ import torch
 import record
 from data import HUMAN, Comparison
 from evaluate import TITLES, PromptBatch, Prompts, evaluate
-from helpers import (StubRun, doubled, exact_gae, exact_response, exact_score, exact_values, shaken)
-from model import GPT, GPTConfig
+from helpers import StubRun, exact_gae, exact_response, exact_score, exact_values
 from pm import ScalarModel, wilson
 from ppo import PPOConfig
 from record import Recorder, first_of_each_group, group_of, mean_and_interval, of_pm
 from rollout import plain_rollout
 from run import torch_rng
-from test_evaluate import OPENING, TOK
+from test_evaluate import OPENING, TOK, talking_nets
 
 HALF = 5.1e-5  # numbers are rounded to four digits
 
 
 def test_a_line_holds_what_training_computes(monkeypatch):
     """Each reply against references that read it alone; the table against `evaluate`."""
-    nets, run = [], StubRun(tok=TOK, toy=True, context=512)
-    for seed in (1, 2, 3):
-        torch.manual_seed(0)
-        net = shaken(GPT(GPTConfig(1, 2, 16, TOK.n_vocab, run.context)), seed)
-        with torch.no_grad():  # so that some replies end
-            net.embed.weight[TOK.end_of_turn] = 2 * net.ln_f.bias
-        nets.append(doubled(net).requires_grad_(False))
+    run = StubRun(tok=TOK, toy=True, context=512, path=Path)
+    nets = talking_nets(run)
     policy, reference, pm = nets[0], nets[1], ScalarModel(nets[2]).double()
     critic = ScalarModel(nets[2]).double()
     cfg = PPOConfig(max_response=6, temperature=0.7, unfinished_penalty=1.5, kl_coef=0.3,

@@ -463,9 +463,9 @@ def test_where_nothing_can_be_locked(tmp_path, monkeypatch, who):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
     if who == "the system":
-        monkeypatch.setattr(stages, "fcntl", None)
+        monkeypatch.setattr(general, "fcntl", None)
     else:
-        monkeypatch.setattr(stages.fcntl, "flock", flock)
+        monkeypatch.setattr(general.fcntl, "flock", flock)
     assert train(folder(tmp_path), "one") == list(range(7))
 
 
