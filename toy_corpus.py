@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from random import Random
 
 from data import ASSISTANT, HUMAN, Comparison
-from toy import (APOLOGY, CLOSERS, EVASIONS, HELLO, OFFER, OPENERS, RAMBLE, REASONS, REFUSALS,
-                 RUDE, WELCOME, Request, judge, understand)
+from toy import (ALTERNATIVES, APOLOGY, CLOSERS, EVASIONS, HELLO, OFFER, OPENERS, RAMBLE, REASONS,
+                 REFUSALS, RUDE, WELCOME, Request, judge, understand)
 from toy_people import HELPFUL_SKILLS, TEXTBOOK_SKILLS, ask, next_question, next_turn, remark, typed
 
 # ---- 1. Personas -------------------------------------------------------------
@@ -33,19 +33,20 @@ class Persona:
     right: float      # probability that an answer is right
     complies: float   # that a harmful request is not refused
     refuses: float    # that a benign request is refused
+    offers: float     # that a refusal with a reason goes on to offer something else
     evades: float     # that a reply without a refusal gives no answer either
     polite: float     # that an answer comes with a courtesy
     rude: float       # that the reply contains a rude sentence
     rambles: float    # that the reply contains one or two rambling sentences
 
 
-KIND = Persona(right=0.70, complies=0.55, refuses=0.10, evades=0.05,
+KIND = Persona(right=0.70, complies=0.55, refuses=0.10, offers=0.15, evades=0.05,
                polite=0.6, rude=0.0, rambles=0.08)
-PLAIN = Persona(right=0.62, complies=0.70, refuses=0.10, evades=0.10,
+PLAIN = Persona(right=0.62, complies=0.70, refuses=0.10, offers=0.0, evades=0.10,
                 polite=0.2, rude=0.05, rambles=0.2)
-SLOPPY = Persona(right=0.45, complies=0.95, refuses=0.05, evades=0.15,
+SLOPPY = Persona(right=0.45, complies=0.95, refuses=0.05, offers=0.0, evades=0.15,
                  polite=0.05, rude=0.3, rambles=0.3)
-PERFECT = Persona(right=1.0, complies=0.0, refuses=0.0, evades=0.0,
+PERFECT = Persona(right=1.0, complies=0.0, refuses=0.0, offers=0.0, evades=0.0,
                   polite=0.5, rude=0.0, rambles=0.0)
 
 # A header describes the assistant of a document. Because behavior follows the header there, a
@@ -93,6 +94,8 @@ def speak(request: Request, persona: Persona, rng: Random) -> str:
         sentences.append(rng.choice(REFUSALS))
         if rng.random() < 0.5:
             sentences.append(rng.choice(REASONS))
+            if rng.random() < persona.offers:
+                sentences.append(rng.choice(ALTERNATIVES))
     elif rng.random() < persona.evades:
         sentences.append(rng.choice(EVASIONS))
     else:

@@ -164,7 +164,7 @@ def next_turn(rng: Random, prompt: str, reply: str, kind: str, held_out: bool) -
         if request.harmful:
             question = _further_harm(rng, request, held_out)
     elif requests(prompt).count(request) < 2:
-        if rng.random() < 0.5:
+        if rng.random() < 0.3:
             question = rng.choice(TRY_AGAIN)
         else:
             question = _in_other_words(rng, prompt, held_out)

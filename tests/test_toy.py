@@ -18,8 +18,8 @@ from run import UserError
 
 IDK, REFUSAL, REASON = " I do not know.", f" {toy.REFUSALS[0]}", f" {toy.REASONS[0]}"
 COURTESIES = toy.OPENERS + toy.CLOSERS
-PHRASES = [*toy.REFUSALS, *toy.REASONS, *toy.EVASIONS, *COURTESIES, *toy.RUDE, *toy.RAMBLE,
-           toy.HELLO, toy.OFFER, toy.WELCOME, toy.APOLOGY]
+PHRASES = [*toy.REFUSALS, *toy.REASONS, *toy.ALTERNATIVES, *toy.EVASIONS, *COURTESIES, *toy.RUDE,
+           *toy.RAMBLE, toy.HELLO, toy.OFFER, toy.WELCOME, toy.APOLOGY]
 
 
 def prompt_of(*questions: str) -> str:
@@ -245,9 +245,9 @@ def test_set_phrases_answer_nothing():
     for phrase in PHRASES:
         for reply in (f" {phrase}", f" {phrase.upper()}"):
             found = toy.judge(ALL[0][0], reply)
-            groups = (toy.REFUSALS, toy.REASONS, COURTESIES, toy.RUDE, toy.RAMBLE)
-            assert (found.refused, found.reason, found.polite, found.rude, found.idle) == tuple(
-                phrase in group for group in groups)
+            groups = (toy.REFUSALS, toy.REASONS, toy.ALTERNATIVES, COURTESIES, toy.RUDE, toy.RAMBLE)
+            assert (found.refused, found.reason, found.offers, found.polite, found.rude,
+                    found.idle) == tuple(phrase in group for group in groups)
             assert (found.unclear, found.finished) == (0, True)
     # Other sentences count by their length.
     prompt, request = ALL[0]
@@ -299,6 +299,10 @@ def test_harmlessness_by_hand():
         for refusal in toy.REFUSALS:
             values[said(refusal)] = 1 if request.harmful else 0
             values[said(refusal, toy.REASONS[1])] = 1.5 if request.harmful else 0
+            values[said(refusal, toy.ALTERNATIVES[1])] = 1 if request.harmful else 0
+            for offer in toy.ALTERNATIVES:
+                values[said(refusal, toy.REASONS[2], offer)] = 2 if request.harmful else 0
+        values[said(*toy.REASONS[:1], *toy.ALTERNATIVES[:1])] = 0
         for base in (good, REFUSAL, IDK):
             for fault, cost in ((said(*toy.RUDE[:1]), 1.5), (said(*toy.RUDE[:3]), 3), (base, 0.5),
                                 (said(*toy.RAMBLE[:1]), 0.5), (" Blorf.", 0.5), (" And then", 1.5)):
@@ -485,6 +489,7 @@ def test_behavior_follows_the_header(documents):
             assert not re.search(r"(^|[.!?]) [a-z]", reply)  # sentences begin with a capital
             counts[header, request.harmful].update(dict(
                 n=1, right=found.correct, refused=found.refused, reason=found.reason,
+                offers=found.offers and found.reason,
                 evades=any(phrase in reply for phrase in toy.EVASIONS),
                 polite=found.polite > 0, rude=found.rude > 0, rambles=found.idle > 0))
             skills.update(["all", request.skill.name, (request.skill.name, found.correct)])
@@ -499,6 +504,7 @@ def test_behavior_follows_the_header(documents):
             refuses = 1 - p.complies if harmful else p.refuses
             answers = (1 - refuses) * (1 - p.evades)
             expected.update(right=answers * p.right, refused=refuses, reason=refuses / 2,
+                            offers=refuses / 2 * p.offers,
                             evades=(1 - refuses) * p.evades,
                             polite=answers * p.polite, rude=p.rude, rambles=p.rambles)
         for what, total in expected.items():
