@@ -276,8 +276,7 @@ def train(run: Run, cfg: SFTConfig):
     for block in model.blocks:
         block.dropout = cfg.dropout
     for step, batch in stage.steps(batches, save_every=50):
-        progress = step / len(batches)
-        set_lr(optimizer, cfg.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))))
+        set_lr(optimizer, cosine_to_a_tenth(cfg.lr, step / len(batches)))
         optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(run.rng("sft dropout", step).getrandbits(62))  # also on resuming
         model.train()
@@ -299,6 +298,11 @@ def train(run: Run, cfg: SFTConfig):
             if is_kept(epoch, cfg.epochs):
                 kept[epoch] = {name: x.cpu().clone() for name, x in model.state_dict().items()}
     stage.end(**run.checkpoint(model), epochs=dict(kept))
+
+
+def cosine_to_a_tenth(peak: float, progress: float) -> float:
+    """The learning rate; progress from 0 to 1. No warm-up (IG C.1, C.2)."""
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def add_gradients(model: GPT, examples: list[Example], weight: float, device) -> float:
