@@ -22,7 +22,7 @@ from data import MIN_PROMPT, Tokenizer
 from memory import StageMemory, check_stage
 from model import GPT, SIZES, GPTConfig
 from pm import ScalarModel
-from run import UserError, choose_device, load, main as run_command
+from run import UserError, choose_device, flag, load, main as run_command
 from stage import Folder
 
 # ---- 1. PIPELINES ------------------------------------------------------------
@@ -76,8 +76,8 @@ RULES = {
     "may_be_zero": ("seed", "context", "warmup", "weight_decay", "kl_coef", "gamma", "gae_lambda",
                     "unfinished_penalty", "helpful", "harmless", "harmless_share",
                     "harmless_weight", "slots", "token_budget", "cd.documents", "pmp.pairs",
-                    "pm.comparisons", "dropout", "pretraining", "ptx_coef", "average"),
-    "at_most_one": ("gamma", "gae_lambda", "harmless_share", "dropout", "pretraining", "average"),
+                    "pm.comparisons", "dropout", "pretraining", "ptx_coef", "ema"),
+    "at_most_one": ("gamma", "gae_lambda", "harmless_share", "dropout", "pretraining", "ema"),
     "aliases": {"pm.people": "--comparisons"},
 }
 
@@ -91,9 +91,16 @@ _HH_RLHF_DATA = {
     "pmp.batch": 64, "pmp.binarized": True, "rl.iterations": 400, "rl.batch": 512,
     "rl.max_response": 128, "rl.kl_coef": 0.02, "rl.warmup": 10, "rl.critic_lr": 9e-6,
 }
+# IG's PPO: the critic starts as the reward model, pretraining text, an average of the weights.
+_INSTRUCTGPT = {"run.paper": "instructgpt", "rl.keep_head": True, "rl.ptx_coef": 1.0,
+                "rl.ema": 0.992, "rl.warmup": 10}
 PRESETS = {
     # InstructGPT's three steps on the toy world.
-    "instructgpt": {"run.paper": "instructgpt"},
+    "instructgpt": _INSTRUCTGPT,
+    "instructgpt-tiny": _INSTRUCTGPT | {
+        "lm.documents": 3000, "sft.demonstrations": 200, "sft.test": 60, "sft.epochs": 4,
+        "rm.prompts": 150, "rm.test": 40, "rl.iterations": 10, "rl.batch": 64, "rl.minibatch": 32,
+        "rl.eval_every": 5, "rl.eval_prompts": 96},
     # Every stage of the toy world in half a minute, for trying things out. Little is learned.
     "tiny": {"lm.documents": 3000, "cd.documents": 200, "pmp.pairs": 300, "pm.helpful": 600,
              "pm.harmless": 300, "pm.test": 200, "rl.iterations": 10, "rl.batch": 64,
@@ -143,6 +150,14 @@ class Run(Folder):
             raise UserError("--export needs a folder of its own, not that of --out")
         super().__init__(out, PIPELINES[cfg.paper], options, SPEED_OPTIONS, cfg.seed, cfg.resume)
 
+    def check_paper(self, **configs):
+        """Raise UserError if an option was set of a stage that --paper does not have."""
+        for stage, cfg in configs.items():
+            for name, value in dataclasses.asdict(cfg).items():
+                if stage not in self.pipeline and value != getattr(type(cfg)(), name):
+                    raise UserError(f"{flag(f'{stage}.{name}')} has no effect with --paper "
+                                    f"{self.cfg.paper}, which has no such stage: leave it out")
+
     def check_room(self, option: str, max_response: int):
         """Responses of this length must leave room for a prompt and the end-of-context token."""
         if self.context - max_response - 1 < MIN_PROMPT:
@@ -180,6 +195,10 @@ class Run(Folder):
         if rl is not None:
             stages["rl"] = StageMemory(2, 2, max(rl.batch, rl.eval_prompts), slots=rl.slots,
                                        token_budget=rl.token_budget)
+        for name in stages:
+            if name not in self.pipeline:
+                raise UserError(f"--paper {self.cfg.paper} has no stage {name!r}: use another "
+                                "--paper or another command")
         last = list(stages)[-1]
         for name, stage in stages.items():
             runs_again = name == last and not self.resume  # a command's own stage starts over
@@ -264,7 +283,7 @@ def check_choices(cfg: RunConfig, can_export: bool):
     if cfg.paper not in PIPELINES:
         raise UserError(f"--paper {cfg.paper}: choose hh or instructgpt")
     if cfg.preset.startswith("instructgpt") and cfg.paper == "hh":
-        raise UserError(f"--preset {cfg.preset} and --paper hh contradict each other: leave one out")
+        raise UserError(f"--preset {cfg.preset} contradicts --paper hh: leave one of them out")
     if cfg.size not in SIZES:
         raise UserError(f"--size {cfg.size}: choose one of {', '.join(SIZES)}")
     if cfg.tokenizer not in ("auto", "bpe", "gpt2"):

@@ -1,4 +1,4 @@
-"""InstructGPT's second step: labelers rank K replies to a prompt, and a reward model learns from it.
+"""InstructGPT's second step: labelers rank K replies to a prompt; a reward model learns from that.
 
     python rankings.py --preset instructgpt
 
@@ -25,18 +25,20 @@ from run import UserError, check_finite, tokens_at_once, write_atomically  # bef
 
 import torch
 
+import demonstrations
 import ranks
 import toy
 import toy_labelers
 import train_sft
 from data import MARKER, MIN_PROMPT, Comparison, counts_line, in_test, read_jsonl
+from demonstrations import as_prompt, as_reply, kind_of
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length
 from record import of_pm
 from rollout import rollout
 from train_lm import LMConfig, set_lr
-from train_pm import from_lm
-from train_sft import SelectConfig, SFTConfig, as_prompt, as_reply, cosine_to_a_tenth, kind_of
+from train_pm import check_toy_prompts, from_lm
+from train_sft import SelectConfig, SFTConfig, cosine_to_a_tenth
 
 
 @dataclass
@@ -142,7 +144,7 @@ def read_rankings(path) -> tuple[list[Ranking], Counter]:
         rank_of = {}
         for reply, rank in zip(replies, places):
             if rank_of.setdefault(reply, rank) != rank:
-                raise UserError(f"{place}: the same reply has the ranks {rank_of[reply]} and {rank}")
+                raise UserError(f"{place}: one reply has both ranks {rank_of[reply]} and {rank}")
         kept = different(replies, counts)
         if kept:
             utilities = row.get("utilities")  # written by `sample`
@@ -204,8 +206,8 @@ def encode(run: Run, found: list[Ranking]) -> list[Element]:
         if pairs:
             elements.append(Element(rows, pairs, ranking))
     n_pairs = sum(len(element.pairs) for element in elements)
-    print(f"    {len(elements):,} rankings, {n_pairs:,} pairs; left out: {n_ties:,} ties, {n_long:,} "
-          f"rankings with a reply too long for the context of {run.context}")
+    print(f"    {len(elements):,} rankings, {n_pairs:,} pairs; left out: {n_ties:,} ties and "
+          f"{n_long:,} rankings with a reply too long for the context of {run.context}")
     if not elements:
         raise UserError("no ranking is left to learn from; use rankings without ties, or a larger "
                         "--context")
@@ -294,7 +296,8 @@ def train(run: Run, cfg: RMConfig):
     fit(run, stage, cfg, pm, elements)
     measure(run, cfg, stage, pm, test_elements)
     # The bias: the labelers' demonstrations score 0 on average (IG §3.5).
-    examples = train_sft.encode(run, train_sft.written_demonstrations(run, "train"))
+    examples = demonstrations.encode(
+        run.tok, demonstrations.read_written(train_sft.written(run, "train")), run.context)
     rows = [example.ids[-(run.context - 1):] + [run.tok.end_of_context] for example in examples]
     mean = score_rows(pm, rows, cfg.token_budget, run.device).mean()
     check_finite("RM after its last step", score=mean.item())
@@ -334,13 +337,20 @@ def as_comparison(ranking: Ranking, i: int, j: int) -> Comparison:
 # ---- 5. Commands -------------------------------------------------------------
 
 
-def check_early(run: Run, sft: SFTConfig, rm: RMConfig, select: SelectConfig):
-    """Find out before any training whether stages 2 to 4 can run."""
+def check_early(run: Run, sft: SFTConfig, rm: RMConfig, select: SelectConfig,
+                rl_max_response: int = 0):
+    """Find out before any training whether stages 2 to 4 can run; with rl_max_response, 5 too."""
     train_sft.check_early(run, sft, select)
     if not 2 <= rm.least <= rm.most:
         raise UserError(f"--rm.least {rm.least} --rm.most {rm.most}: a labeler ranks at least 2 "
                         "replies, and --rm.most is not below --rm.least")
-    run.check_room("--rm.max-response", rm.max_response)
+    lengths = {"--select.max-response": select.max_response, "--rm.max-response": rm.max_response}
+    if rl_max_response:
+        lengths["--rl.max-response"] = rl_max_response
+    for option, max_response in lengths.items():
+        run.check_room(option, max_response)
+    if run.toy:
+        run.checks.append(lambda: check_toy_prompts(run, lengths))
     if rm.data:
         read_rankings(rm.data)
     elif not run.toy:

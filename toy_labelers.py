@@ -9,12 +9,12 @@ learns by imitation, and ranked replies of models. Here both are scripted. Read 
 Legend:  K replies to one prompt
 """
 import math
-from dataclasses import dataclass
 from random import Random
 
 import toy
 import toy_corpus
 from data import ASSISTANT, HUMAN
+from demonstrations import Demonstration
 from toy_corpus import HELPFUL_SKILLS, Persona
 
 # ---- 1. Prompts --------------------------------------------------------------
@@ -66,15 +66,6 @@ LABELERS = {
     "hasty": Persona(right=0.74, complies=0.50, refuses=0.02, evades=0.05, polite=0.1, rude=0.05,
                      rambles=0.05),
 }
-
-
-@dataclass
-class Demonstration:
-    prompt: str              # ends in "\n\nAssistant:"
-    reply: str               # with its leading space
-    kind: str = "helpful"    # "helpful" or "harmless" (red-teaming)
-    source: str = ""         # of the prompt, where it is known
-    labeler: str = ""        # who wrote the reply, where it is known
 
 
 def demonstrate(rng: Random, held_out: bool) -> Demonstration:

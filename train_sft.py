@@ -15,29 +15,29 @@ Stage 3, the reward model, is in rankings.py. The command writes tokenizer.json,
 Legend:  B rows   T tokens in the longest row   n tokens of many rows, packed
 """
 import copy
-import json
 import math
-from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 
 from run import (  # before torch: Ctrl-C prints no traceback
-    UserError, autocast, check_finite, load, tokens_at_once, write_atomically)
+    UserError, autocast, check_finite, load, tokens_at_once)
 
 import torch
 
+import demonstrations
 import hub
 import ranks
 import toy
 import toy_corpus
 import toy_labelers
 import train_lm
-from data import ASSISTANT, HUMAN, MARKER, MIN_PROMPT, counts_line, in_test, pad, read_jsonl
+from data import counts_line, pad
+from demonstrations import Demonstration, Example, read_demonstrations
 from evaluate import table
 from model import GPT, token_logprobs
 from pipeline import Run, RunConfig, main
 from ppo import PPOConfig, pm_scores
 from rollout import rollout
-from toy_labelers import Demonstration
 from train_lm import LMConfig, lm_loss, set_lr
 
 
@@ -50,7 +50,7 @@ class SFTConfig:
     test: int = 400              # toy: held-out demonstrations (IG 1,653 prompts)
     epochs: int = 16             # IG §3.5: 16
     batch: int = 32              # demonstrations a step (IG 32; 175B: 8)
-    lr: float = 5e-4             # cosine down to a tenth, no warm-up (IG). 0.1 x the LM's (IG: scan)
+    lr: float = 5e-4             # cosine to a tenth, no warm-up (IG). 0.1 x the LM's (IG: a search)
     dropout: float = 0.2         # of each residual step (IG 0.2)
     pretraining: float = 0.1     # share of the loss that is on pretraining text (IG C.3: 10% mix)
     max_grad_norm: float = 1.0   # gradients are clipped to this norm (not stated in IG)
@@ -58,68 +58,15 @@ class SFTConfig:
 
 @dataclass
 class SelectConfig:
-    by: str = "score"            # pick the best epoch by RM "score" (IG §3.5) or "loss", or the "last"
+    by: str = "score"            # the best epoch by RM "score" (IG §3.5) or "loss", or the "last"
     max_response: int = 32       # toy: tokens of a sampled reply
 
 
 # ---- 1. Demonstrations -------------------------------------------------------
 
 
-def read_demonstrations(path, split: str) -> tuple[list[Demonstration], Counter]:
-    """Read a file of {"prompt": text, "reply": text} -> (the demonstrations of a split, "train" or
-    "test", and how many were dropped and why). A hash of the prompt decides the split.
-    Raises UserError with the line of the first row in another format."""
-    found, counts = [], Counter(read=0, kept=0)
-    for number, row in read_jsonl(path):
-        for field in ("prompt", "reply"):
-            if not isinstance(row.get(field), str):
-                raise UserError(f"{path}:{number}: no text in the field {field!r}")
-        prompt, reply = as_prompt(row["prompt"], f"{path}:{number}"), as_reply(row["reply"])
-        counts["read"] += 1
-        if not reply.strip():
-            counts["empty reply"] += 1
-        elif MARKER.search(reply):
-            counts["turns in the reply"] += 1  # the model would learn to speak for the human
-        else:
-            known = {name: str(row.get(name) or "") for name in ("source", "labeler")}
-            demonstration = Demonstration(prompt, reply, kind_of(row), **known)
-            is_wanted = in_test(demonstration) == (split == "test")
-            counts["kept" if is_wanted else "in the other split"] += 1
-            if is_wanted:
-                found.append(demonstration)
-    if not found:
-        part = "training" if split == "train" else "held-out"
-        raise UserError(f"{path}: no usable {part} demonstration ({counts_line(counts)}); one "
-                        "prompt in sixteen is held out, so add more")
-    return found, counts
-
-
-def as_prompt(text: str, place: str) -> str:
-    """A prompt in the format of the models. A text without turns is what the human says. Raises
-    UserError, which begins with `place`, for a dialogue that does not end with the assistant."""
-    text = text.encode("utf-8", "replace").decode()  # half an emoji becomes "?"
-    if not MARKER.search(text):
-        if not text.strip():
-            raise UserError(f"{place}: the prompt is empty")
-        return f"{HUMAN} {text.strip()}{ASSISTANT}"
-    text = text.rstrip()
-    if not (text.startswith((HUMAN, ASSISTANT)) and text.endswith(ASSISTANT)):
-        raise UserError(f"{place}: the prompt has turns, so it must begin with {HUMAN!r} and end "
-                        f"with {ASSISTANT!r}")
-    return text
-
-
-def as_reply(text: str) -> str:
-    """A reply as the models write it, with one leading space."""
-    return " " + text.encode("utf-8", "replace").decode().strip()
-
-
-def kind_of(row: dict) -> str:
-    return "harmless" if row.get("kind") == "harmless" else "helpful"
-
-
-def demonstrations(run: Run, cfg: SFTConfig, split: str) -> list[Demonstration]:
-    """The demonstrations of a split, read or written by the toy's labelers."""
+def drawn_or_read(run: Run, cfg: SFTConfig, split: str) -> list[Demonstration]:
+    """The demonstrations of a split: of a file, or by the toy's labelers."""
     if cfg.data:
         found, counts = read_demonstrations(cfg.data, split)
         print(f"    demonstrations, {split}: {counts_line(counts)}")
@@ -130,49 +77,9 @@ def demonstrations(run: Run, cfg: SFTConfig, split: str) -> list[Demonstration]:
     return found
 
 
-def write_demonstrations(run: Run, found: list[Demonstration], split: str):
-    """Write them to demonstrations/<split>.jsonl, from where stages 3 and 4 read them."""
-    lines = [json.dumps(asdict(demonstration)) + "\n" for demonstration in found]
-    write_atomically(run.path(f"demonstrations/{split}.jsonl"), "".join(lines).encode())
-
-
-def written_demonstrations(run: Run, split: str) -> list[Demonstration]:
-    """What `write_demonstrations` wrote."""
-    path, found = run.path(f"demonstrations/{split}.jsonl"), []
-    names = {field.name for field in fields(Demonstration)}
-    for number, row in read_jsonl(path):
-        if set(row) != names:
-            raise UserError(f"{path}:{number}: not written by train_sft.py; delete sft.pt to train "
-                            "again")
-        found.append(Demonstration(**row))
-    return found
-
-
-@dataclass
-class Example:
-    ids: list[int]  # prompt and reply
-    start: int      # index of the reply's first token
-
-
-def encode(run: Run, found: list[Demonstration]) -> list[Example]:
-    """Encode the demonstrations whose reply fits the context; others are dropped and counted. A
-    prompt that does not fit loses its beginning, as in data.encode_comparison."""
-    examples = []
-    for demonstration in found:
-        prompt = run.tok.encode_dialogue(demonstration.prompt)
-        reply = run.tok.encode_reply(demonstration.reply)
-        room = run.context - len(reply)
-        if room >= min(len(prompt), MIN_PROMPT):
-            prompt = prompt[max(0, len(prompt) - room):]
-            examples.append(Example(prompt + reply, len(prompt)))
-    n_dropped = len(found) - len(examples)
-    if n_dropped:
-        print(f"    dropped {n_dropped} of {len(found)} demonstrations: a reply too long for the "
-              f"context of {run.context}")
-    if not examples:
-        raise UserError(f"no demonstration fits a context of {run.context} tokens; try a larger "
-                        "--context")
-    return examples
+def written(run: Run, split: str) -> Path:
+    """The file that stage 2 writes its demonstrations to; stages 3 and 4 read it."""
+    return run.path(f"demonstrations/{split}.jsonl")
 
 
 # ---- 2. The loss -------------------------------------------------------------
@@ -225,8 +132,9 @@ class PretrainingText:
             texts = train_lm.corpus(run, 10**9, "train", name)
             self.rows, _ = train_lm.encode(run.tok, texts, run.context)
 
-    def draw(self, n: int, step: int) -> list[list[int]]:
-        rng = self.run.rng(f"{self.name} pretraining text", step)
+    def draw(self, n: int, *when: int) -> list[list[int]]:
+        """n rows. The numbers `when`, such as that of the step, seed the choice."""
+        rng = self.run.rng(f"{self.name} pretraining text", *when)
         if self.run.toy:  # the toy's corpus has no end
             texts = [toy_corpus.document(rng) for _ in range(n)]
             return train_lm.encode(self.run.tok, texts, self.run.context)[0]
@@ -255,8 +163,9 @@ def train(run: Run, cfg: SFTConfig):
     if stage is None:
         return
     device, model = run.device, run.prepare(run.load_model("lm.pt"))
-    train_set, test_set = demonstrations(run, cfg, "train"), demonstrations(run, cfg, "test")
-    examples, test_examples = encode(run, train_set), encode(run, test_set)
+    train_set, test_set = drawn_or_read(run, cfg, "train"), drawn_or_read(run, cfg, "test")
+    examples = demonstrations.encode(run.tok, train_set, run.context)
+    test_examples = demonstrations.encode(run.tok, test_set, run.context)
     text = PretrainingText(run, "sft")
     # One row of text to nine demonstrations, if the share is 10%.
     n_texts = math.ceil(cfg.batch * cfg.pretraining / (1 - cfg.pretraining))
@@ -269,8 +178,8 @@ def train(run: Run, cfg: SFTConfig):
                                   weight_decay=0.0, fused=True)  # betas: IG C
     kept = Kept()
     stage.start(model=model, optimizer=optimizer, kept=kept)
-    write_demonstrations(run, train_set, "train")
-    write_demonstrations(run, test_set, "test")
+    demonstrations.write(written(run, "train"), train_set)
+    demonstrations.write(written(run, "test"), test_set)
     print(f"[2] supervised finetuning: {len(examples):,} demonstrations, {cfg.epochs} epochs, "
           f"{len(batches)} steps" + stage.resumed_note())
     for block in model.blocks:
@@ -349,24 +258,24 @@ def select(run: Run, cfg: SelectConfig):
     if stage is None:
         return
     models, pm = load_epochs(run), run.load_model("pm.pt")
-    found = written_demonstrations(run, "test")
-    examples = encode(run, found)
+    found = demonstrations.read_written(written(run, "test"))
+    examples = demonstrations.encode(run.tok, found, run.context)
     stage.start()
     print(f"[4] selection: one of the epochs {', '.join(map(str, models))}, by {cfg.by}")
     columns = {}
     for epoch, model in models.items():
         numbers = {"loss": mean_reply_loss(model, examples, run.device)}
         numbers |= measure(run, cfg, model, pm, found)
-        check_finite(f"selection, epoch {epoch}", loss=numbers["loss"], score=numbers["score"])
+        check_finite(f"selection, epoch {epoch}", loss=numbers["loss"], score=numbers["rm_score"])
         columns[f"epoch {epoch}"] = numbers
         stage.log(epoch, **numbers)
     print(table(*columns.values(), names=columns))
-    for title, name in (("held-out loss (nats a token)", "loss"), ("RM score (logits)", "score")):
+    for title, name in (("held-out loss (nats a token)", "loss"), ("RM score (logits)", "rm_score")):
         print(f"    {title:38}" + "".join(f"{c[name]:15.3f}" for c in columns.values()))
     best = list(models)[-1]
     for epoch in models:
         numbers, best_numbers = columns[f"epoch {epoch}"], columns[f"epoch {best}"]
-        if cfg.by == "score" and numbers["score"] > best_numbers["score"]:
+        if cfg.by == "score" and numbers["rm_score"] > best_numbers["rm_score"]:
             best = epoch
         if cfg.by == "loss" and numbers["loss"] < best_numbers["loss"]:
             best = epoch
@@ -382,7 +291,7 @@ def measure(run: Run, cfg: SelectConfig, model: GPT, pm, found: list[Demonstrati
     uniforms = torch.rand(len(found), cfg.max_response, generator=run.torch_rng("selection"))
     ro = rollout(model, prompts, uniforms, run.tok.end_of_turn)
     scores = pm_scores(pm, ro, run.tok.end_of_context, PPOConfig())
-    numbers = {"score": scores.mean().item()}
+    numbers = {"rm_score": scores.mean().item()}
     if run.toy and found[0].labeler in toy_labelers.LABELERS:  # the toy's own, so it knows them
         replies = [run.tok.decode(response) for response in ro.responses()]
         numbers |= toy.rates([d.prompt for d in found], [d.kind for d in found], replies)
@@ -394,14 +303,13 @@ def measure(run: Run, cfg: SelectConfig, model: GPT, pm, found: list[Demonstrati
 
 def check_early(run: Run, sft: SFTConfig, select: SelectConfig):
     """Find out before any training whether stages 2 and 4 can run."""
-    if run.cfg.paper != "instructgpt":
-        raise UserError("supervised finetuning belongs to --paper instructgpt: add it, or --preset "
-                        "instructgpt")
     if run.cfg.export:
         hub.check_export(run.cfg.export)
     if select.by not in ("score", "loss", "last"):
         raise UserError(f"--select.by {select.by}: choose score, loss or last")
-    run.check_room("--select.max-response", select.max_response)
+    for name in ("dropout", "pretraining"):
+        if getattr(sft, name) == 1:
+            raise UserError(f"--sft.{name} 1 leaves nothing to learn from")
     if not run.toy and not sft.data:
         raise UserError("--paper instructgpt needs --sft.data on real data: a .jsonl file of "
                         "demonstrations")
