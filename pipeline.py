@@ -95,12 +95,6 @@ _HH_RLHF_DATA = {
 _INSTRUCTGPT = {"run.paper": "instructgpt", "rl.keep_head": True, "rl.ptx_coef": 1.0,
                 "rl.ema": 0.992, "rl.warmup": 10}
 PRESETS = {
-    # InstructGPT's three steps on the toy world.
-    "instructgpt": _INSTRUCTGPT,
-    "instructgpt-tiny": _INSTRUCTGPT | {
-        "lm.documents": 3000, "sft.demonstrations": 200, "sft.test": 60, "sft.epochs": 4,
-        "rm.prompts": 150, "rm.test": 40, "rl.iterations": 10, "rl.batch": 64, "rl.minibatch": 32,
-        "rl.eval_every": 5, "rl.eval_prompts": 96},
     # Every stage of the toy world in half a minute, for trying things out. Little is learned.
     "tiny": {"lm.documents": 3000, "cd.documents": 200, "pmp.pairs": 300, "pm.helpful": 600,
              "pm.harmless": 300, "pm.test": 200, "rl.iterations": 10, "rl.batch": 64,
@@ -109,6 +103,12 @@ PRESETS = {
                       "rl.lr": 6e-6},
     "gpt2-medium-hh": _HH_RLHF_DATA | {"run.init": "gpt2-medium", "cd.lr": 1.5e-5, "pmp.lr": 3e-5,
                              "pm.lr": 3e-6, "rl.lr": 3e-6, "run.recompute": True},
+    # InstructGPT's three steps on the toy world.
+    "instructgpt": _INSTRUCTGPT,
+    "instructgpt-tiny": _INSTRUCTGPT | {
+        "lm.documents": 3000, "sft.demonstrations": 200, "sft.test": 60, "sft.epochs": 4,
+        "rm.prompts": 150, "rm.test": 40, "rl.iterations": 10, "rl.batch": 64, "rl.minibatch": 32,
+        "rl.eval_every": 5, "rl.eval_prompts": 96},
 }
 
 

@@ -20,7 +20,7 @@ import functools
 import time
 from dataclasses import dataclass
 
-from run import is_first, write_atomically  # before torch: Ctrl-C prints no traceback
+from run import UserError, is_first, write_atomically  # before torch: Ctrl-C prints no traceback
 
 import torch
 from tqdm import tqdm
@@ -186,6 +186,8 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
             sft: SFTConfig, rm: RMConfig, select: SelectConfig):
     folder = Run(run, can_export=True)  # `run` holds the options, `folder` is the Run
     folder.check_paper(cd=cd, pmp=pmp, pm=pm, sft=sft, rm=rm, select=select)
+    if rl.ema == 1:
+        raise UserError("--rl.ema 1.0 keeps the initial policy: use a decay below 1")
     is_hh = run.paper == "hh"  # else InstructGPT: demonstrations and rankings
     if is_hh:
         folder.check_memory(lm, cd, pmp, pm, rl)
