@@ -92,7 +92,7 @@ _HH_RLHF_DATA = {
     "rl.max_response": 128, "rl.kl_coef": 0.02, "rl.warmup": 10, "rl.critic_lr": 9e-6,
 }
 # IG's PPO: the critic starts as the reward model, pretraining text, an average of the weights.
-_INSTRUCTGPT = {"run.paper": "instructgpt", "rl.keep_head": True, "rl.ptx_coef": 1.0,
+_INSTRUCTGPT = {"run.paper": "instructgpt", "rl.keep_head": True, "rl.ptx_coef": 0.1,
                 "rl.ema": 0.992, "rl.warmup": 10}
 PRESETS = {
     # Every stage of the toy world in half a minute, for trying things out. Little is learned.

@@ -33,6 +33,7 @@ from rankings import Element, Ranking, RMConfig, read_rankings
 from rollout import plain_rollout
 from run import UserError, load
 from test_commands import assert_one_sentence, call, lines, shrink  # noqa: F401 (a fixture)
+from test_pm import StubStage
 from test_ppo import OPEN, gradients, recorded, some_experience, world  # noqa: F401 (a fixture)
 from test_run import CONFIGS, Killed, content, die_at_a_new_write
 from train_sft import SFTConfig
@@ -274,6 +275,29 @@ def test_all_pairs_of_a_prompt_are_averaged_and_each_reply_is_read_once():
     assert max_difference(losses.detach(), float64(expected)) < 1e-9
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_step_of_the_rm_in_pieces(shuffled):
+    """The first gradient, against one that is written out: the mean over the batch's elements."""
+    torch.manual_seed(0)
+    pm, stage = doubled(shaken(ScalarModel(GPT(CFG)), 2)), StubStage()
+    stage.name, elements = "rm", []
+    for seed in range(4):
+        rows = [[seed] + row for row in random_prompts(3, seed, longest=9)]
+        elements.append(Element(rows, [(0, 1), (0, 2), (2, 1)][:2 + seed % 2], None))
+    copied, cfg = copy.deepcopy(pm), RMConfig(batch=4, token_budget=30, max_grad_norm=1e9,
+                                              shuffled=shuffled)
+    rankings.fit(StubRun(), stage, cfg, pm, elements)
+    losses = rankings.element_losses(copied, elements, "cpu")
+    if shuffled:  # each pair counts alike, wherever it comes from; as many steps as before
+        n_pairs = torch.tensor([len(element.pairs) for element in elements])
+        losses = losses * n_pairs * 4 / n_pairs.sum()
+    assert [line["loss"] for line in stage.lines] == pytest.approx([losses.mean().item()])
+    optimizer = torch.optim.AdamW(copied.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0)
+    losses.mean().backward()
+    optimizer.step()
+    assert max_difference(flat(pm.parameters()), flat(copied.parameters())) < 1e-9
+
+
 # ---- 4. PPO ------------------------------------------------------------------
 
 
@@ -317,6 +341,8 @@ def test_the_critic_starts_as_the_papers_say(policy, keep_head):
     assert torch.equal(found, expected if keep_head else torch.zeros(5))
     assert learner.critic.head.weight.requires_grad and learner.result is learner.policy
     assert learner.average is None and learner.text is None  # HH: neither ptx nor an average
+    learner_with = train_rl.Learner(StubRun(), train_rl.RLConfig(ema=0.5), policy, pm)
+    assert learner_with.result is learner_with.average is not policy
     with torch.no_grad():
         learner.critic.head.bias += 1
     assert torch.equal(score_rows(pm, rows), expected)
@@ -391,7 +417,8 @@ def test_what_a_run_leaves(whole, monkeypatch, capsys):
     last = run.load_model("sft.pt").state_dict()
     assert all(map(torch.equal, last.values(), models[3].state_dict().values()))
     losses = [line["test_loss"] for line in lines(whole, "sft") if "test_loss" in line]
-    assert losses[best - 1] == pytest.approx(tried[best - 1]["loss"], abs=1e-5)
+    assert losses == pytest.approx([line["loss"] for line in tried], abs=1e-5)
+    assert len(set(losses)) == 3
     assert all("ptx_loss" in line for line in lines(whole, "rl") if "policy_loss" in line)
     # The same tools as for HH read the folder.
     evaluate.command(str(whole), "initial.pt", "policy.pt", "cpu")
@@ -411,16 +438,21 @@ def test_rankings_are_of_the_kept_epochs_replies(whole, monkeypatch):
     prompts = {ranking.prompt for ranking in found}
     assert not prompts & {ranking.prompt for ranking in read_rankings(
         whole / "rankings/test.jsonl")[0]}
-    asked = []
-    real = rankings.rollout
+    run, asked, real = opened(whole, monkeypatch), [], rankings.rollout
 
     def rollout(policy, ids, *rest):
-        asked.append((policy, [ids.count(prompt) for prompt in ids]))
-        return real(policy, ids, *rest)
+        ro = real(policy, ids, *rest)
+        finished = zip(ids, ro.responses(), ro.finished.tolist())
+        asked.append((policy, ids, [(i, run.tok.decode(r)) for i, r, is_done in finished if is_done]))
+        return ro
     monkeypatch.setattr(rankings, "rollout", rollout)
-    rankings.sample(opened(whole, monkeypatch), RMConfig(max_response=60), "train", 14)
-    assert len(asked) == 3 and len({id(policy) for policy, _ in asked}) == 3
-    assert all(4 <= k for _, ks in asked for k in ks)
+    found = rankings.sample(run, RMConfig(max_response=60), "train", 14)
+    assert len({id(policy) for policy, _, _ in asked}) == len(asked) == 3
+    assert all(4 <= ids.count(prompt) for _, ids, _ in asked for prompt in ids)
+    answers = [pair for _, _, pairs in asked for pair in pairs]
+    for ranking in found:  # each reply was given to its own prompt, and is a whole one
+        prompt = run.tok.encode_dialogue(ranking.prompt)
+        assert all((prompt, reply) in answers for reply in ranking.replies)
 
 
 def with_lm(whole: Path, out: Path) -> Path:
@@ -439,9 +471,14 @@ def without_lm(found: dict) -> dict:
 
 
 def test_killed_at_each_write_and_resumed(whole, tmp_path, capsys):
-    """In the four stages after the first. (Half a minute: some thirty lives, each of which reads or
-    samples its data again.) An interrupted PPO refuses another γ."""
-    out, seen, deaths, refusals = with_lm(whole, tmp_path / "killed"), set(), 0, 0
+    """At the results, the sampled files and the states of the stages after the first; test_commands
+    has the rest. (Many seconds: each of some fifteen lives reads or samples its data again.) An
+    interrupted PPO refuses another γ."""
+    out, deaths, refusals = with_lm(whole, tmp_path / "killed"), 0, 0
+    seen = {str(out / name) for name in ("config.json", "metrics.jsonl", "record.jsonl")}
+    for stage in pipeline.INSTRUCTGPT:
+        seen.add((str(out / f"{stage}_state.pt"), None))
+        seen |= {(str(out / f"{stage}_state.next.pt"), step) for step in range(99)}
     while True:
         with pytest.MonkeyPatch.context() as patch:
             die_at_a_new_write(patch, seen, before_odd=False)
@@ -450,12 +487,12 @@ def test_killed_at_each_write_and_resumed(whole, tmp_path, capsys):
                 break
             except Killed:
                 deaths += 1
-        if (out / "rl_state.pt").exists() and refusals == 0:
+        if (out / "rl_state.pt").exists() and "step" in load(out / "rl_state.pt") and not refusals:
             capsys.readouterr()
             assert execute("train_rl.py", out, "--resume", "--rl.ptx-coef", 3) == 2
-            assert "--rl.ptx-coef was 1.0, now 3.0" in capsys.readouterr().err
+            assert "--rl.ptx-coef was 0.1, now 3.0" in capsys.readouterr().err
             refusals += 1
-    assert deaths > 25 and refusals == 1
+    assert deaths > 12 and refusals == 1
     assert without_lm(content(out)) == without_lm(content(whole))
 
 
@@ -471,8 +508,10 @@ def test_step_by_step_is_the_same_run_and_gamma_0_is_plain_ppo(whole, tmp_path):
             patch.delattr(train_rl, name)
         patch.delattr("ppo.move_average")
         assert execute("train_rl.py", out, "--rl.ptx-coef", 0, "--rl.ema", 0) == 0
-    policies = [load(folder / "policy.pt")["model"]["embed.weight"] for folder in (out, whole)]
-    assert not torch.equal(*policies)
+    start, average, plain = (load(path)["model"]["embed.weight"] for path in (
+        out / "initial.pt", whole / "policy.pt", out / "policy.pt"))
+    # After 6 steps the average with a decay of 0.992 holds at most 0.048 of what was learned.
+    assert 0 < (average - start).norm() < 0.2 * (plain - start).norm()
     assert not any("ptx_loss" in line for line in lines(out, "rl"))
 
 
