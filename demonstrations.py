@@ -87,7 +87,7 @@ def read_written(path: Path) -> list[Demonstration]:
     """Read all that `write` wrote, without a split."""
     found, names = [], {field.name for field in fields(Demonstration)}
     for number, row in read_jsonl(path):
-        if set(row) != names:
+        if set(row) != names or not all(isinstance(text, str) for text in row.values()):
             raise UserError(f"{path}:{number}: not written by train_sft.py; delete sft.pt to train "
                             "again")
         found.append(Demonstration(**row))

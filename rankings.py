@@ -125,10 +125,11 @@ def different(replies: list[str], counts: Counter) -> list[int]:
     return kept
 
 
-def read_rankings(path) -> tuple[list[Ranking], Counter]:
+def read_rankings(path, as_is: bool = False) -> tuple[list[Ranking], Counter]:
     """Read a file of {"prompt": text, "replies": [text, ...], "ranks": [1, ...]} -> (rankings, how
-    many replies were read, kept and dropped, and why). Raises UserError with the line of the first
-    row in another format or with ranks that contradict each other."""
+    many replies were read, kept and dropped, and why). as_is: leave the replies as they are, because
+    `sample` wrote them. Raises UserError with the line of the first row in another format or with
+    ranks that contradict each other."""
     found, counts = [], Counter(read=0, kept=0)
     for number, row in read_jsonl(path):
         place, replies, places = f"{path}:{number}", row.get("replies"), row.get("ranks")
@@ -140,17 +141,28 @@ def read_rankings(path) -> tuple[list[Ranking], Counter]:
             raise UserError(f"{place}: 'ranks' is not a list of whole numbers")
         if len(replies) != len(places):
             raise UserError(f"{place}: {len(replies)} replies, but {len(places)} ranks")
-        prompt, replies = as_prompt(row["prompt"], place), [as_reply(text) for text in replies]
+        prompt = as_prompt(row["prompt"], place)
+        if not as_is:
+            replies = [as_reply(text) for text in replies]
         rank_of = {}
         for reply, rank in zip(replies, places):
             if rank_of.setdefault(reply, rank) != rank:
                 raise UserError(f"{place}: one reply has both ranks {rank_of[reply]} and {rank}")
         kept = different(replies, counts)
+        utilities = row.get("utilities")  # written by `sample`
+        if utilities is not None and not is_numbers(utilities, len(places)):
+            raise UserError(f"{place}: 'utilities' is not a list of {len(places)} numbers")
         if kept:
-            utilities = row.get("utilities")  # written by `sample`
             found.append(Ranking(prompt, [replies[k] for k in kept], [places[k] for k in kept],
                                  kind_of(row), [utilities[k] for k in kept] if utilities else None))
     return found, counts
+
+
+def is_numbers(x, n: int) -> bool:
+    """Whether x is a list of n finite numbers."""
+    if not isinstance(x, list) or len(x) != n:
+        return False
+    return all(type(number) in (int, float) and math.isfinite(number) for number in x)
 
 
 def rankings(run: Run, cfg: RMConfig, split: str) -> list[Ranking]:
@@ -170,7 +182,7 @@ def rankings(run: Run, cfg: RMConfig, split: str) -> list[Ranking]:
         lines = [json.dumps(asdict(ranking)) + "\n" for ranking in found]
         write_atomically(path, "".join(lines).encode())
     ranks.wait()  # until the file is there
-    return read_rankings(path)[0]
+    return read_rankings(path, as_is=True)[0]
 
 
 # ---- 2. Elements -------------------------------------------------------------

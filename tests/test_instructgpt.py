@@ -181,6 +181,8 @@ def test_rankings_of_a_file_and_their_pairs(tmp_path, capsys):
     prompt = [ord(c) % 9 for c in found[0].prompt]
     assert elements[0].rows[1] == prompt + [ord(c) % 9 for c in " b"] + [END, END_OF_CONTEXT]
     assert rankings.length(elements[0]) == len(prompt) + 1 + 3 * 3
+    own, _ = read_rankings(write(tmp_path / "r.jsonl", [ranked(replies=["a", " a", "b "])]), as_is=True)
+    assert own[0].replies == ["a", " a", "b "]  # a model's replies, of which two differ by a space
     alone = rankings.one_by_one(elements)
     assert [e.pairs for e in alone] == [[(0, 1)]] * 3
     assert alone[1].rows == [elements[0].rows[1], elements[0].rows[2]]
@@ -194,6 +196,7 @@ def test_rankings_of_a_file_and_their_pairs(tmp_path, capsys):
     ({"prompt": 3}, "no text in the field 'prompt'"), ({"replies": "ab"}, "is not a list of texts"),
     ({"replies": ["a", 2, "c"]}, "is not a list of texts"), ({"ranks": [1, 2]}, "3 .* but 2 ranks"),
     ({"ranks": [1, 2, True]}, "whole numbers"), ({"ranks": [1, 2, 2.5]}, "whole numbers"),
+    ({"utilities": [1, 2]}, "not a list of 3 numbers"), ({"utilities": [1, 2, "3"]}, "of 3 numbers"),
     ({"replies": ["a", "b", " a"], "ranks": [1, 2, 3]}, "one reply has both ranks 1 and 3")])
 def test_a_ranking_that_cannot_be(tmp_path, change, words):
     with pytest.raises(UserError, match=f"r.jsonl:2: .*{words}"):
@@ -428,7 +431,7 @@ def test_what_a_run_leaves(whole, monkeypatch, capsys):
 
 
 def test_rankings_are_of_the_kept_epochs_replies(whole, monkeypatch):
-    found, counts = read_rankings(whole / "rankings/train.jsonl")
+    found, counts = read_rankings(whole / "rankings/train.jsonl", as_is=True)
     assert 2 < len(found) <= 14 and counts["kept"] == counts["read"]
     for ranking in found:
         assert 2 <= len(set(ranking.replies)) == len(ranking.replies) <= 9
@@ -437,7 +440,7 @@ def test_rankings_are_of_the_kept_epochs_replies(whole, monkeypatch):
         assert ranking.utilities == expected
     prompts = {ranking.prompt for ranking in found}
     assert not prompts & {ranking.prompt for ranking in read_rankings(
-        whole / "rankings/test.jsonl")[0]}
+        whole / "rankings/test.jsonl", as_is=True)[0]}
     run, asked, real = opened(whole, monkeypatch), [], rankings.rollout
 
     def rollout(policy, ids, *rest):
