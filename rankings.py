@@ -127,7 +127,7 @@ def different(replies: list[str], counts: Counter) -> list[int]:
 
 def read_rankings(path, as_is: bool = False) -> tuple[list[Ranking], Counter]:
     """Read a file of {"prompt": text, "replies": [text, ...], "ranks": [1, ...]} -> (rankings, how
-    many replies were read, kept and dropped, and why). as_is: leave the replies as they are, because
+    many replies were read, kept and dropped, and why). as_is: leave the replies as they are, for
     `sample` wrote them. Raises UserError with the line of the first row in another format or with
     ranks that contradict each other."""
     found, counts = [], Counter(read=0, kept=0)

@@ -50,7 +50,7 @@ class SFTConfig:
     test: int = 400              # toy: held-out demonstrations (IG 1,653 prompts)
     epochs: int = 16             # IG §3.5: 16
     batch: int = 32              # demonstrations a step (IG 32; 175B: 8)
-    lr: float = 5e-4             # cosine to a tenth, no warm-up (IG). 0.1 x the LM's (IG: a search)
+    lr: float = 5e-4             # cosine to a tenth, no warm-up (IG). 0.1 x the LM's (IG: search)
     dropout: float = 0.2         # of each residual step (IG 0.2)
     pretraining: float = 0.1     # share of the loss that is on pretraining text (IG C.3: 10% mix)
     max_grad_norm: float = 1.0   # gradients are clipped to this norm (not stated in IG)
@@ -270,7 +270,8 @@ def select(run: Run, cfg: SelectConfig):
         columns[f"epoch {epoch}"] = numbers
         stage.log(epoch, **numbers)
     print(table(*columns.values(), names=columns))
-    for title, name in (("held-out loss (nats a token)", "loss"), ("RM score (logits)", "rm_score")):
+    titles = {"loss": "held-out loss (nats a token)", "rm_score": "RM score (logits)"}
+    for name, title in titles.items():
         print(f"    {title:38}" + "".join(f"{c[name]:15.3f}" for c in columns.values()))
     best = list(models)[-1]
     for epoch in models:

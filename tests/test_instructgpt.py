@@ -151,7 +151,8 @@ def test_a_demonstration_that_cannot_be(tmp_path, row, words):
 
 
 def test_examples_begin_where_the_reply_does(capsys):
-    found = [Demonstration("p" * 5, "abc"), Demonstration("q" * 60, "de"), Demonstration("r", "f" * 50)]
+    found = [Demonstration("p" * 5, "abc"), Demonstration("q" * 60, "de"),
+             Demonstration("r", "f" * 50)]
     examples = demonstrations.encode(words_tok(), found, context=40)
     assert examples[0] == Example([ord("p") % 9] * 5 + [ord(c) % 9 for c in "abc"] + [END], 5)
     assert len(examples[1].ids) == 40 and examples[1].start == 37  # the prompt lost its beginning
@@ -181,7 +182,8 @@ def test_rankings_of_a_file_and_their_pairs(tmp_path, capsys):
     prompt = [ord(c) % 9 for c in found[0].prompt]
     assert elements[0].rows[1] == prompt + [ord(c) % 9 for c in " b"] + [END, END_OF_CONTEXT]
     assert rankings.length(elements[0]) == len(prompt) + 1 + 3 * 3
-    own, _ = read_rankings(write(tmp_path / "r.jsonl", [ranked(replies=["a", " a", "b "])]), as_is=True)
+    write(tmp_path / "r.jsonl", [ranked(replies=["a", " a", "b "])])
+    own, _ = read_rankings(tmp_path / "r.jsonl", as_is=True)
     assert own[0].replies == ["a", " a", "b "]  # a model's replies, of which two differ by a space
     alone = rankings.one_by_one(elements)
     assert [e.pairs for e in alone] == [[(0, 1)]] * 3
@@ -196,7 +198,7 @@ def test_rankings_of_a_file_and_their_pairs(tmp_path, capsys):
     ({"prompt": 3}, "no text in the field 'prompt'"), ({"replies": "ab"}, "is not a list of texts"),
     ({"replies": ["a", 2, "c"]}, "is not a list of texts"), ({"ranks": [1, 2]}, "3 .* but 2 ranks"),
     ({"ranks": [1, 2, True]}, "whole numbers"), ({"ranks": [1, 2, 2.5]}, "whole numbers"),
-    ({"utilities": [1, 2]}, "not a list of 3 numbers"), ({"utilities": [1, 2, "3"]}, "of 3 numbers"),
+    ({"utilities": [1, 2]}, "not a list of 3 numbers"), ({"utilities": [1, 2, "3"]}, "3 numbers"),
     ({"replies": ["a", "b", " a"], "ranks": [1, 2, 3]}, "one reply has both ranks 1 and 3")])
 def test_a_ranking_that_cannot_be(tmp_path, change, words):
     with pytest.raises(UserError, match=f"r.jsonl:2: .*{words}"):
@@ -358,10 +360,10 @@ OPTIONS = ("--preset instructgpt --lm.documents 120 --lm.step-tokens 512 --lm.vo
            "--rm.test 8 --rm.batch 4 --rm.max-response 60 --select.max-response 12 "
            "--rl.iterations 3 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 "
            "--rl.save-every 2 --rl.max-response 12").split()
-SCRIPTS = {"train_rl.py": (train_rl.command, CONFIGS),
-           "train_sft.py": (train_sft.command, {name: CONFIGS[name] for name in ("run", "lm", "sft")}),
-           "rankings.py": (rankings.command, {name: CONFIGS[name] for name in (
-               "run", "lm", "sft", "rm", "select")})}
+OF_SFT = {name: CONFIGS[name] for name in ("run", "lm", "sft")}
+OF_RM = {name: CONFIGS[name] for name in ("run", "lm", "sft", "rm", "select")}
+SCRIPTS = {"train_rl.py": (train_rl.command, CONFIGS), "rankings.py": (rankings.command, OF_RM),
+           "train_sft.py": (train_sft.command, OF_SFT)}
 
 
 def options_of(script: str) -> list[str]:
@@ -414,7 +416,8 @@ def test_what_a_run_leaves(whole, monkeypatch, capsys):
     # The initial policy is the epoch with the best RM score.
     tried = lines(whole, "select")
     best = max(tried, key=lambda line: line["rm_score"])["step"]
-    assert [line["step"] for line in tried] == [1, 2, 3] and load(whole / "initial.pt")["epoch"] == best
+    assert [line["step"] for line in tried] == [1, 2, 3]
+    assert load(whole / "initial.pt")["epoch"] == best
     initial = run.load_model("initial.pt").state_dict()
     assert all(map(torch.equal, initial.values(), models[best].state_dict().values()))
     last = run.load_model("sft.pt").state_dict()
@@ -445,8 +448,11 @@ def test_rankings_are_of_the_kept_epochs_replies(whole, monkeypatch):
 
     def rollout(policy, ids, *rest):
         ro = real(policy, ids, *rest)
-        finished = zip(ids, ro.responses(), ro.finished.tolist())
-        asked.append((policy, ids, [(i, run.tok.decode(r)) for i, r, is_done in finished if is_done]))
+        answers = []
+        for prompt, response, is_done in zip(ids, ro.responses(), ro.finished.tolist()):
+            if is_done:
+                answers.append((prompt, run.tok.decode(response)))
+        asked.append((policy, ids, answers))
         return ro
     monkeypatch.setattr(rankings, "rollout", rollout)
     found = rankings.sample(run, RMConfig(max_response=60), "train", 14)
