@@ -193,8 +193,9 @@ class Run(Folder):
         if rm is not None:
             stages["rm"] = StageMemory(1, 0, rows * 9 * rm.prompts, token_budget=rm.token_budget)
         if rl is not None:
-            stages["rl"] = StageMemory(2, 2, max(rl.batch, rl.eval_prompts), slots=rl.slots,
-                                       token_budget=rl.token_budget)
+            n_frozen = 2 + int(rl.ema > 0)  # the average follows the policy, with no gradients
+            stages["rl"] = StageMemory(2, n_frozen, max(rl.batch, rl.eval_prompts),
+                                       slots=rl.slots, token_budget=rl.token_budget)
         for name in stages:
             if name not in self.pipeline:
                 raise UserError(f"--paper {self.cfg.paper} has no stage {name!r}: use another "

@@ -63,7 +63,8 @@ class Learner:
         self.run, self.cfg, self.reference, self.pm = run, cfg, reference, pm
         self.policy = run.prepare(copy.deepcopy(reference))
         # The critic starts from the PM, as in InstructGPT (App. C.4); HH does not describe its
-        # value network. The critic's head starts at zero, as in OpenAI's first RLHF code (pm.py).
+        # value network. InstructGPT: with the PM's head. HH here: with a head at zero, as in
+        # OpenAI's first RLHF code (pm.py).
         critic = copy.deepcopy(pm) if cfg.keep_head else ScalarModel(pm.trunk, zero_head=True)
         self.critic = run.prepare(critic.to(run.device))
         groups = [{"params": self.policy.parameters(), "peak_lr": cfg.lr},
