@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -572,3 +573,20 @@ def test_peoples_demonstrations_and_rankings(whole, tmp_path, capsys):
     (out / "pm.pt").unlink()
     assert execute("train_rl.py", out, *args) == 2
     assert "one prompt in sixteen is held out" in capsys.readouterr().err
+
+
+def test_real_data_from_files_alone(tmp_path, capsys):
+    """No toy: comparisons give the text and PPO's prompts, two files the rest (many seconds)."""
+    rows = [{"chosen": f"{HUMAN} Say {n}, please.{ASSISTANT} {n}.",
+             "rejected": f"{HUMAN} Say {n}, please.{ASSISTANT} No."} for n in range(90)]
+    shown = [{"prompt": f"Say {n}.", "reply": f"{n}."} for n in range(60)]
+    judged = [ranked(prompt=f"Say {n}.", replies=[f"{n}.", "No.", "?"], ranks=[1, 2, 2])
+              for n in range(60)]
+    args = ["--data", write(tmp_path / "real.jsonl", rows), "--tokenizer", "bpe", "--context", 96,
+            "--sft.data", write(tmp_path / "d.jsonl", shown),
+            "--rm.data", write(tmp_path / "r.jsonl", judged)]
+    assert execute("train_rl.py", tmp_path / "out", *args) == 0
+    said = capsys.readouterr().out
+    n, pairs, ties = re.search(r"(\d+) rankings, (\d+) pairs; left out: (\d+) ties", said).groups()
+    assert int(pairs) == 2 * int(n) and int(ties) == int(n) > 40 and "RM score (logits)" in said
+    assert any("ptx_loss" in line for line in lines(tmp_path / "out", "rl"))
