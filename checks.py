@@ -147,8 +147,9 @@ def log_line(iteration: int, s: dict, seconds: float) -> str:
     """One dense line per iteration. A digit names the step that a group of numbers belongs to; the
     README says which numbers are healthy."""
     truth = f" truth {s['truth']:5.2f}" if "truth" in s else ""
+    text = f" ptx {s['ptx_loss']:.3f}" if "ptx_loss" in s else ""  # PPO-ptx only
     return (f"  it {iteration:3d} | 2 len {s['tokens']:4.1f} fin {s['finished']:.2f} | "
             f"3 score {s['score']:6.3f}{truth} | 4 KL {s['kl']:6.3f} (k3 {s['kl_k3']:6.3f}) | "
             f"5 ev {s['explained_variance']:5.2f} | 6 ent {s['entropy']:.2f} "
             f"appKL {s['approx_kl']:.4f} clip {s['clip_fraction']:.3f} vloss {s['value_loss']:.3f} "
-            f"grad {s['grad_norm']:.2f} {s['critic_grad_norm']:.2f} | {seconds:.1f} s")
+            f"grad {s['grad_norm']:.2f} {s['critic_grad_norm']:.2f}{text} | {seconds:.1f} s")

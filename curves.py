@@ -82,7 +82,7 @@ def read(folder: Path) -> Data:
             line["sqrt_kl"] = max(line["kl"], 0.0) ** 0.5
     n_damaged = 0
     for line in sorted(read_lines(folder / "record.jsonl", notes), key=lambda line: line["step"]):
-        if line["stage"] == "pm":
+        if line["stage"] in ("pm", "rm"):
             run.beliefs = line
         if isinstance(line.get("table"), dict):
             run.tables[line["step"]] = line["table"]
@@ -307,8 +307,11 @@ PANELS = {
 EARLIER = [("lm", "1. LM: loss, nats a token", [("batch", "loss"), ("held-out", "test_loss")]),
            ("cd", "2. Distillation: KL to the teacher", [("batch", "kl"), ("end", "kl_after")]),
            ("pmp", "3. PM pretraining: loss", [("", "loss")]),
-           ("pm", "4. PM: loss", [("", "loss")])]
-AT_FEW_STEPS = ("test_loss", "kl_after")  # drawn as dots, like all "eval_" numbers
+           ("pm", "4. PM: loss", [("", "loss")]),
+           ("sft", "2. SFT: loss, nats a token", [("batch", "loss"), ("held-out", "test_loss")]),
+           ("rm", "3. Reward model: loss", [("", "loss")]),
+           ("select", "4. RM score after an epoch", [("", "rm_score")])]
+AT_FEW_STEPS = ("test_loss", "kl_after", "rm_score")  # drawn as dots, like all "eval_" numbers
 
 
 def panel(runs: list, stage: str, title: str, numbers: list, band=None) -> str:
@@ -330,7 +333,7 @@ def pm_accuracy(run, source: str, title: str) -> str:
     for line in run.metrics:
         subset = str(line.get("subset", ""))
         is_of_people = subset.startswith("people ")
-        if (line["stage"] == "pm" and is_of_people == (source == "people ")
+        if (line["stage"] in ("pm", "rm") and is_of_people == (source == "people ")
                 and is_row([line.get(key) for key in ("accuracy", "low", "high")], 3)):
             x = len(names)
             names.append(subset.removeprefix(source))

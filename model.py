@@ -68,6 +68,7 @@ class Block(nn.Module):
         super().__init__()
         D = cfg.d_model
         self.n_head = cfg.n_head
+        self.dropout = 0.0  # share of what a step adds that training drops; set by train_sft.py
         self.ln_1, self.ln_2 = nn.LayerNorm(D, eps=1e-5), nn.LayerNorm(D, eps=1e-5)
         self.qkv, self.attn_out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp_in, self.mlp_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
@@ -78,8 +79,11 @@ class Block(nn.Module):
         y = self.attention(self.ln_1(x), mask)  # (B, T, D)
         if at is not None:
             x, y = x[at], y[at]                 # (n, D)
-        x = x + self.attn_out(y)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.drop(self.attn_out(y))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+    def drop(self, y):
+        return F.dropout(y, self.dropout, self.training)  # 0.0 changes nothing and draws nothing
 
     def attention(self, x, mask):
         """Self-attention without its last matrix, `attn_out`; causal unless a mask is given:

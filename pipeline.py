@@ -2,10 +2,13 @@
 
     corpus -> [1] lm.pt -> [2] initial.pt -> comparisons -> [4] pm.pt -> [5] policy.pt
                     `----> [3] pmp.pt ----------------------^
-(The policy, too, starts from initial.pt.)
+(The policy, too, starts from initial.pt.) InstructGPT (IG: Ouyang et al. 2022; --paper instructgpt)
+shares the first stage and the last, and the names of the results:
+
+    corpus -> [1] lm.pt -> [2] sft.pt -> rankings -> [3] pm.pt -> [4] initial.pt -> [5] policy.pt
 
 Read it in this order:
-  1. PIPELINE    each stage's result, and the results that it depends on
+  1. PIPELINES   each stage's result, and the results that it depends on
   2. RunConfig   the options of a whole run, and presets
   3. Run         an output folder that also knows the data, the tokenizer and the models' shape
 """
@@ -19,10 +22,10 @@ from data import MIN_PROMPT, Tokenizer
 from memory import StageMemory, check_stage
 from model import GPT, SIZES, GPTConfig
 from pm import ScalarModel
-from run import UserError, choose_device, load, main as run_command
+from run import UserError, choose_device, flag, load, main as run_command
 from stage import Folder
 
-# ---- 1. PIPELINE -------------------------------------------------------------
+# ---- 1. PIPELINES ------------------------------------------------------------
 
 PIPELINE = {
     "lm": ("lm.pt", ()),                          # 1. language-model pretraining
@@ -31,6 +34,14 @@ PIPELINE = {
     "pm": ("pm.pt", ("initial.pt", "pmp.pt")),      # 4. the preference model, on stage 2's replies
     "rl": ("policy.pt", ("initial.pt", "pm.pt")),  # 5. RLHF
 }
+INSTRUCTGPT = {
+    "lm": ("lm.pt", ()),                              # 1. language-model pretraining
+    "sft": ("sft.pt", ("lm.pt",)),                    # 2. supervised finetuning, several epochs
+    "rm": ("pm.pt", ("sft.pt",)),                     # 3. the reward model, on stage 2's replies
+    "select": ("initial.pt", ("sft.pt", "pm.pt")),    # 4. the epoch that the RM likes best
+    "rl": ("policy.pt", ("initial.pt", "pm.pt")),     # 5. PPO or PPO-ptx
+}
+PIPELINES = {"hh": PIPELINE, "instructgpt": INSTRUCTGPT}
 WITH_SCALAR_HEAD = ("pmp.pt", "pm.pt")  # the other results are language models
 
 # ---- 2. RunConfig ------------------------------------------------------------
@@ -39,6 +50,7 @@ WITH_SCALAR_HEAD = ("pmp.pt", "pm.pt")  # the other results are language models
 @dataclass
 class RunConfig:
     preset: str = ""         # a named set of options, listed below; explicit options override it
+    paper: str = "hh"        # whose stages: "hh" (Bai et al.) or "instructgpt" (Ouyang et al.)
     data: str = "toy"        # "toy", "hh-rlhf" (downloaded once), or a folder or .jsonl[.gz] file
     subsets: str = ""        # of a data folder, e.g. helpful-base,harmless-base (empty: all)
     out: str = ""            # output folder (default: out/<preset or name of the data>-<seed>)
@@ -64,8 +76,8 @@ RULES = {
     "may_be_zero": ("seed", "context", "warmup", "weight_decay", "kl_coef", "gamma", "gae_lambda",
                     "unfinished_penalty", "helpful", "harmless", "harmless_share",
                     "harmless_weight", "slots", "token_budget", "cd.documents", "pmp.pairs",
-                    "pm.comparisons"),
-    "at_most_one": ("gamma", "gae_lambda", "harmless_share"),
+                    "pm.comparisons", "dropout", "pretraining", "ptx_coef", "ema"),
+    "at_most_one": ("gamma", "gae_lambda", "harmless_share", "dropout", "pretraining", "ema"),
     "aliases": {"pm.people": "--comparisons"},
 }
 
@@ -79,6 +91,9 @@ _HH_RLHF_DATA = {
     "pmp.batch": 64, "pmp.binarized": True, "rl.iterations": 400, "rl.batch": 512,
     "rl.max_response": 128, "rl.kl_coef": 0.02, "rl.warmup": 10, "rl.critic_lr": 9e-6,
 }
+# IG's PPO: the critic starts as the reward model, pretraining text, an average of the weights.
+_INSTRUCTGPT = {"run.paper": "instructgpt", "rl.keep_head": True, "rl.ptx_coef": 0.1,
+                "rl.ema": 0.992, "rl.warmup": 10}
 PRESETS = {
     # Every stage of the toy world in half a minute, for trying things out. Little is learned.
     "tiny": {"lm.documents": 3000, "cd.documents": 200, "pmp.pairs": 300, "pm.helpful": 600,
@@ -89,6 +104,12 @@ PRESETS = {
                       "rl.lr": 6e-6},
     "gpt2-medium-hh": _HH_RLHF_DATA | {"run.init": "gpt2-medium", "cd.lr": 1.5e-5, "pmp.lr": 3e-5,
                              "pm.lr": 3e-6, "rl.lr": 3e-6, "run.recompute": True},
+    # InstructGPT's three steps on the toy world.
+    "instructgpt": _INSTRUCTGPT,
+    "instructgpt-tiny": _INSTRUCTGPT | {
+        "lm.documents": 3000, "sft.demonstrations": 200, "sft.test": 60, "sft.epochs": 4,
+        "rm.prompts": 150, "rm.test": 40, "rl.iterations": 10, "rl.batch": 64, "rl.minibatch": 32,
+        "rl.eval_every": 5, "rl.eval_prompts": 96},
 }
 
 
@@ -128,7 +149,15 @@ class Run(Folder):
         out = Path(cfg.out or f"out/{name}-{cfg.seed}")
         if cfg.export and Path(cfg.export).resolve() == out.resolve():
             raise UserError("--export needs a folder of its own, not that of --out")
-        super().__init__(out, PIPELINE, options, SPEED_OPTIONS, cfg.seed, cfg.resume)
+        super().__init__(out, PIPELINES[cfg.paper], options, SPEED_OPTIONS, cfg.seed, cfg.resume)
+
+    def check_paper(self, **configs):
+        """Raise UserError if an option was set of a stage that --paper does not have."""
+        for stage, cfg in configs.items():
+            for name, value in dataclasses.asdict(cfg).items():
+                if stage not in self.pipeline and value != getattr(type(cfg)(), name):
+                    raise UserError(f"{flag(f'{stage}.{name}')} has no effect with --paper "
+                                    f"{self.cfg.paper}, which has no such stage: leave it out")
 
     def check_room(self, option: str, max_response: int):
         """Responses of this length must leave room for a prompt and the end-of-context token."""
@@ -136,14 +165,14 @@ class Run(Folder):
             raise UserError(f"{option} {max_response} leaves no room for a prompt in --context "
                             f"{self.context}")
 
-    def check_memory(self, lm, cd, pmp=None, pm=None, rl=None):
+    def check_memory(self, lm, cd=None, pmp=None, pm=None, rl=None, sft=None, rm=None):
         """Raise UserError if a stage that this command will run takes more memory than is free.
         Arguments: the options of the command's stages."""
         if self.tok is not None:
             shape = self.model_config()
         elif self.cfg.init and self.cfg.init not in SIZES:
             # A path: only stage 1 learns the shape.
-            self.checks.append(lambda: self.check_memory(lm, cd, pmp, pm, rl))
+            self.checks.append(lambda: self.check_memory(lm, cd, pmp, pm, rl, sft, rm))
             return
         else:
             n_vocab = lm.vocab if self.tokenizer_name() == "bpe" else SIZES["gpt2"].vocab_size
@@ -153,15 +182,25 @@ class Run(Folder):
         stages = {}
         if not self.cfg.init:
             stages["lm"] = StageMemory(1, 0, rows * lm.documents, step_tokens=lm.step_tokens)
-        stages["cd"] = StageMemory(int(cd.documents > 0), 1, rows * cd.documents)
+        if cd is not None:
+            stages["cd"] = StageMemory(int(cd.documents > 0), 1, rows * cd.documents)
         if pmp is not None:
             stages["pmp"] = StageMemory(1, 0, rows * pmp.pairs, token_budget=pmp.token_budget)
         if pm is not None:
             n_pairs = pm.helpful + pm.harmless + 2 * pm.test
             stages["pm"] = StageMemory(1, 0, rows * n_pairs, token_budget=pm.token_budget)
+        if sft is not None:
+            stages["sft"] = StageMemory(1, 0, rows * sft.demonstrations)
+        if rm is not None:
+            stages["rm"] = StageMemory(1, 0, rows * 9 * rm.prompts, token_budget=rm.token_budget)
         if rl is not None:
-            stages["rl"] = StageMemory(2, 2, max(rl.batch, rl.eval_prompts), slots=rl.slots,
-                                       token_budget=rl.token_budget)
+            n_frozen = 2 + int(rl.ema > 0)  # the average follows the policy, with no gradients
+            stages["rl"] = StageMemory(2, n_frozen, max(rl.batch, rl.eval_prompts),
+                                       slots=rl.slots, token_budget=rl.token_budget)
+        for name in stages:
+            if name not in self.pipeline:
+                raise UserError(f"--paper {self.cfg.paper} has no stage {name!r}: use another "
+                                "--paper or another command")
         last = list(stages)[-1]
         for name, stage in stages.items():
             runs_again = name == last and not self.resume  # a command's own stage starts over
@@ -243,6 +282,10 @@ def check_choices(cfg: RunConfig, can_export: bool):
     """Raise UserError for options that contradict each other or are unknown."""
     if cfg.export and not can_export:
         raise UserError("--export works only with train_rl.py, which trains a policy")
+    if cfg.paper not in PIPELINES:
+        raise UserError(f"--paper {cfg.paper}: choose hh or instructgpt")
+    if cfg.preset.startswith("instructgpt") and cfg.paper == "hh":
+        raise UserError(f"--preset {cfg.preset} contradicts --paper hh: leave one of them out")
     if cfg.size not in SIZES:
         raise UserError(f"--size {cfg.size}: choose one of {', '.join(SIZES)}")
     if cfg.tokenizer not in ("auto", "bpe", "gpt2"):

@@ -79,8 +79,11 @@ def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
     The K rows of a comparison begin with the same prompt, and a token's hidden state depends only
     on what stands before it. So one row can hold the shared part once, and after it the rest of
     each row: K branches. A branch sees the shared part and itself, and its positions continue
-    those of the shared part. The scores are the same as those of K separate rows."""
+    those of the shared part. The scores are the same as those of K separate rows. Where
+    comparisons have different numbers of rows, K is the largest, and the others' last score is
+    repeated."""
     ids, positions, branches, ends = [], [], [], []
+    K = max(len(comparison) for comparison in rows)
     for comparison in rows:
         shared = shared_length(comparison)
         row = comparison[0][:shared]
@@ -90,6 +93,7 @@ def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
             position.extend(range(shared, len(whole)))
             branch.extend([number] * (len(whole) - shared))
             end.append(len(row) - 1)
+        end += end[-1:] * (K - len(end))
         ids.append(row)
         positions.append(position)
         branches.append(branch)

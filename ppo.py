@@ -56,6 +56,10 @@ class PPOConfig:
     max_grad_norm: float = 1.0  # not stated in HH and IG; the usual 1
     temperature: float = 1.0    # IG 1; not stated in HH. Log-probs use the same temperature
     unfinished_penalty: float = 1.0  # subtracted if a response is unfinished (not stated in HH)
+    keep_head: bool = False     # the critic keeps the PM's head (IG), or has one at 0 (OpenAI)
+    ptx_coef: float = 0.0       # PPO-ptx: gamma in IG Eq. 2, IG 27.8 (0: none, as in HH)
+    ptx_documents: int = 1      # documents of pretraining text for each response; IG 8 (more time)
+    ema: float = 0.0            # save an average of the weights with this decay, IG 0.992 (0: HH)
     slots: int = 0              # responses sampled side by side; speed only (0 picks what fits)
     token_budget: int = 0       # tokens a forward pass holds; memory and speed (0 picks a default)
 
@@ -206,13 +210,17 @@ class Experience:
 
 
 def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experience,
-           cfg: PPOConfig, generator, where: str = "") -> dict:
+           cfg: PPOConfig, generator, where: str = "", add_text=None, average=None) -> dict:
     """K passes over the responses, in minibatches in random order. Returns statistics: means over a
     minibatch's tokens (except the gradient norms), then over the minibatches. `where` names the
     iteration in errors.
 
     A minibatch is taken in pieces that fit the token budget. Losses are sums over tokens, divided
-    by the tokens of the whole minibatch, so the gradient is that of one big batch."""
+    by the tokens of the whole minibatch, so the gradient is that of one big batch.
+
+    PPO-ptx (IG Eq. 2, C.4): add_text(n responses, number of the step) adds to the policy's gradient
+    that of the loss on pretraining text, and returns this loss. average: a GPT that follows the
+    policy's weights (`move_average`)."""
     history, device = [], ro.tokens.device
     budget = tokens_at_once(cfg.token_budget, device)
     # To read a value from a GPU, the program waits until all queued work is done: read few.
@@ -247,14 +255,28 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
                 add_to(statistics, sums, n_tokens)
                 if not history:
                     check_first_ratio(logp, old_logp, where)
+            if add_text is not None:  # so that the optimizer takes one step on the sum
+                statistics["ptx_loss"] = add_text(len(minibatch), len(history))
             ranks.add_up_gradients(policy, critic)  # several GPUs: see ranks.py
             norms = clip_gradients(policy, critic, cfg.max_grad_norm)
             numbers = ranks.add_up_numbers(as_floats(statistics)) | as_floats(norms)
             for name in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
                 check_finite(where, **{name: numbers[name]})
             optimizer.step()
+            if average is not None:
+                move_average(average, policy, cfg.ema)
             history.append(numbers)
     return averages(history)
+
+
+@torch.no_grad()
+def move_average(average: GPT, policy: GPT, decay: float):
+    """average <- decay x average + (1 - decay) x policy, for all weights (IG C.4).
+
+    IG does not say how often. Here it is after each step: once an iteration, a short run would end
+    with an average that is mostly the initial policy."""
+    for old, new in zip(average.parameters(), policy.parameters()):
+        old.lerp_(new, 1 - decay)
 
 
 def clip_gradients(policy: GPT, critic: ScalarModel, max_norm: float) -> dict:

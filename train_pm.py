@@ -205,9 +205,9 @@ def index_batches(pairs: EncodedPairs, batch, token_budget: int, device):
         yield batch[part]
 
 
-def from_lm(run: Run) -> ScalarModel:
-    """An untrained preference model: the LM with a new head."""
-    lm = run.load_model("lm.pt")
+def from_lm(run: Run, name: str = "lm.pt") -> ScalarModel:
+    """An untrained preference model: a language model of the run with a new head."""
+    lm = run.load_model(name)
     torch.manual_seed(run.rng("pm head").getrandbits(62))
     pm = run.prepare(ScalarModel(lm).to(run.device))
     # The LM has never seen the end-of-context token. It stands where the next human turn would

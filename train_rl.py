@@ -2,6 +2,7 @@
 
     python train_rl.py                       # the toy world, all stages, minutes on two CPU cores
     python train_rl.py --preset tiny         # the same in half a minute, for trying things out
+    python train_rl.py --preset instructgpt  # InstructGPT's steps instead (INSTRUCTGPT.md)
     python train_rl.py --data path/to/hh-rlhf
 
 This is the place to start reading:
@@ -15,15 +16,17 @@ and report.html to the output folder.
 Legend:  N responses   R response tokens
 """
 import copy
+import functools
 import time
 from dataclasses import dataclass
 
-from run import is_first, write_atomically  # before torch: Ctrl-C prints no traceback
+from run import UserError, is_first, write_atomically  # before torch: Ctrl-C prints no traceback
 
 import torch
 from tqdm import tqdm
 
 import hub
+import rankings
 import report
 from checks import (
     check_frozen, check_rewards, check_rollout, checksum, log_line, rollout_statistics)
@@ -35,10 +38,12 @@ from pipeline import Run, RunConfig, main
 from pm import ScalarModel
 from ppo import (Experience, PPOConfig, all_logprobs, all_values, gae, pm_scores, shaped_rewards,
                  update, whiten)
+from rankings import RMConfig
 from record import Recorder
 from rollout import Sampler
 from train_lm import CDConfig, LMConfig
 from train_pm import PMConfig, PMPConfig, check_early, ensure
+from train_sft import PretrainingText, SelectConfig, SFTConfig, add_text_gradients
 
 
 @dataclass
@@ -61,14 +66,23 @@ class Learner:
         self.run, self.cfg, self.reference, self.pm = run, cfg, reference, pm
         self.policy = run.prepare(copy.deepcopy(reference))
         # The critic starts from the PM, as in InstructGPT (App. C.4); HH does not describe its
-        # value network. The critic's head starts at zero, as in OpenAI's first RLHF code (pm.py).
-        self.critic = run.prepare(ScalarModel(pm.trunk, zero_head=True).to(run.device))
+        # value network. InstructGPT: with the PM's head. HH here: with a head at zero, as in
+        # OpenAI's first RLHF code (pm.py).
+        critic = copy.deepcopy(pm) if cfg.keep_head else ScalarModel(pm.trunk, zero_head=True)
+        self.critic = run.prepare(critic.to(run.device))
         groups = [{"params": self.policy.parameters(), "peak_lr": cfg.lr},
                   {"params": self.critic.parameters(), "peak_lr": cfg.critic_lr}]
         # HH does not state the optimizer. betas: InstructGPT; eps: OpenAI (utils/core.py).
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
         self.sampler = Sampler(self.policy, run.tok.end_of_turn, cfg.temperature, cfg.slots)
         self.checksums = [checksum(reference), checksum(pm)]
+        self.average = copy.deepcopy(reference) if cfg.ema else None
+        self.text = PretrainingText(run, "rl") if cfg.ptx_coef else None
+
+    @property
+    def result(self) -> GPT:
+        """What is evaluated and saved: the policy, or the average of its weights (IG C.4)."""
+        return self.policy if self.average is None else self.average
 
     def iterate(self, prompts: Prompts, iteration: int) -> dict:
         """Run one iteration. Returns statistics of its responses and of its update."""
@@ -102,13 +116,20 @@ class Learner:
 
         # 6. The update: clipped steps of policy and critic.
         self.set_learning_rates(iteration)
+        add_text = functools.partial(self.add_text, iteration) if self.text else None
         experience = Experience(logp, old_values, whiten(advantages, ro.mask), returns)
         statistics |= update(self.policy, self.critic, self.optimizer, ro, experience, cfg,
-                             run.torch_rng("minibatches", iteration), where)
+                             run.torch_rng("minibatches", iteration), where, add_text,
+                             self.average)
         check_frozen([self.reference, self.pm], self.checksums, where)
         if run.toy:
             statistics["truth"] = mean_truth(run, batch, ro)
         return statistics  # Step 7, log and evaluate, is in `train`.
+
+    def add_text(self, iteration: int, n_responses: int, step: int):
+        """PPO-ptx: add gamma x the gradient of the loss on pretraining text (IG Eq. 2)."""
+        rows = self.text.draw(n_responses * self.cfg.ptx_documents, iteration, step)
+        return add_text_gradients(self.policy, rows, self.cfg.ptx_coef, self.run.device)
 
     def set_learning_rates(self, iteration: int):
         """They rise linearly over the first iterations and then stay constant."""
@@ -129,7 +150,10 @@ def train(run: Run, cfg: RLConfig):
     prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
     held_out = prompts.held_out(cfg.eval_prompts)
     before, replies_before = evaluate(run, cfg, reference, reference, pm, held_out)
-    stage.start(policy=learner.policy, critic=learner.critic, optimizer=learner.optimizer)
+    parts = {"policy": learner.policy, "critic": learner.critic, "optimizer": learner.optimizer}
+    if learner.average is not None:
+        parts["average"] = learner.average
+    stage.start(**parts)
     print(f"[5] RLHF: {cfg.iterations} iterations of {cfg.batch} responses" + stage.resumed_note())
     recorder = Recorder(run, cfg, reference, pm, held_out)  # for report.py
     if stage.n_lines == 0:  # a resumed run has these lines already
@@ -143,37 +167,49 @@ def train(run: Run, cfg: RLConfig):
         tqdm.write(log_line(iteration, statistics, time.perf_counter() - start))
         n_updates = iteration + 1
         if n_updates % cfg.eval_every == 0 and n_updates < cfg.iterations:
-            numbers, replies = evaluate(run, cfg, learner.policy, reference, pm, held_out)
+            numbers, replies = evaluate(run, cfg, learner.result, reference, pm, held_out)
             statistics |= with_eval_prefix(numbers)
             tqdm.write(side_by_side(held_out, replies_before, replies, n_each=1))
         stage.log(n_updates, **statistics)
         if recorder.is_due(n_updates):
-            stage.log_record(n_updates, **recorder.content(n_updates, learner.policy,
+            stage.log_record(n_updates, **recorder.content(n_updates, learner.result,
                                                            learner.critic))
 
-    after, replies_after = evaluate(run, cfg, learner.policy, reference, pm, held_out)
+    after, replies_after = evaluate(run, cfg, learner.result, reference, pm, held_out)
     # A line of its own: the policy is that of line cfg.iterations, with no further update.
     stage.log(cfg.iterations + 1, **with_eval_prefix(after))
-    stage.log_record(cfg.iterations, **recorder.content(cfg.iterations, learner.policy,
+    stage.log_record(cfg.iterations, **recorder.content(cfg.iterations, learner.result,
                                                         learner.critic))
     dialogues = side_by_side(held_out, replies_before, replies_after)
     write_atomically(run.path("samples.txt"), dialogues.encode())
     print(f"\n{dialogues}\n{table(before, after)}")
     if run.toy:
         turns = []
-        for model in (reference, learner.policy):
+        for model in (reference, learner.result):
             turns.append(rates_by_turn(run, model, cfg.eval_conversations, cfg.max_response,
                                        cfg.temperature))
         print(f"\n{turn_table(*turns)}")
-    stage.end(**run.checkpoint(learner.policy))
+    stage.end(**run.checkpoint(learner.result))
 
 
-def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl: RLConfig):
+def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl: RLConfig,
+            sft: SFTConfig, rm: RMConfig, select: SelectConfig):
     folder = Run(run, can_export=True)  # `run` holds the options, `folder` is the Run
-    folder.check_memory(lm, cd, pmp, pm, rl)
-    check_early(folder, cd, pmp, pm, rl.max_response)
+    folder.check_paper(cd=cd, pmp=pmp, pm=pm, sft=sft, rm=rm, select=select)
+    if rl.ema == 1:
+        raise UserError("--rl.ema 1.0 keeps the initial policy: use a decay below 1")
+    is_hh = run.paper == "hh"  # else InstructGPT: demonstrations and rankings
+    if is_hh:
+        folder.check_memory(lm, cd, pmp, pm, rl)
+        check_early(folder, cd, pmp, pm, rl.max_response)
+    else:
+        folder.check_memory(lm, sft=sft, rm=rm, rl=rl)
+        rankings.check_early(folder, sft, rm, select, rl.max_response)
     with report.written_at_the_end(folder.out, is_writer=is_first()):
-        ensure(folder, lm, cd, pmp, pm)
+        if is_hh:
+            ensure(folder, lm, cd, pmp, pm)
+        else:
+            rankings.ensure(folder, lm, sft, rm, select)
         train(folder, rl)
     if run.export and is_first():
         hub.export_gpt2(folder.load_model("policy.pt", device="cpu"), run.export, folder.tok)
@@ -182,4 +218,4 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
 
 if __name__ == "__main__":
     main(command, __doc__.split("\n")[0], run=RunConfig, lm=LMConfig, cd=CDConfig, pmp=PMPConfig,
-         pm=PMConfig, rl=RLConfig)
+         pm=PMConfig, rl=RLConfig, sft=SFTConfig, rm=RMConfig, select=SelectConfig)

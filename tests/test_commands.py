@@ -44,7 +44,7 @@ from test_run import (CONFIGS, Killed, broken_checkpoints, content, default_of,
 ROOT = Path(train_rl.__file__).resolve().parent
 # Each command, and how many of the stages it runs.
 SCRIPTS = {"train_lm.py": (train_lm.command, 2), "train_pm.py": (train_pm.command, 4),
-           "train_rl.py": (train_rl.command, 5)}
+           "train_rl.py": (train_rl.command, 8)}  # the last three are InstructGPT's
 RESULTS = {stage: result for stage, (result, _) in PIPELINE.items()}
 LM = "--lm.documents 120 --lm.step-tokens 512 --lm.vocab 500 --lm.warmup 7 --lm.max-grad-norm 0.6"
 CD = "--cd.documents 21 --cd.batch 3 --cd.max-grad-norm 0.01"

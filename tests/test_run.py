@@ -31,9 +31,11 @@ from stage import Folder
 from train_lm import CDConfig, LMConfig
 from train_pm import PMConfig, PMPConfig
 from train_rl import RLConfig
+from rankings import RMConfig
+from train_sft import SelectConfig, SFTConfig
 
 CONFIGS = {"run": RunConfig, "lm": LMConfig, "cd": CDConfig, "pmp": PMPConfig, "pm": PMConfig,
-           "rl": RLConfig}
+           "rl": RLConfig, "sft": SFTConfig, "rm": RMConfig, "select": SelectConfig}
 FIELDS = {f"{prefix}.{field.name}": field
           for prefix, config in CONFIGS.items() for field in dataclasses.fields(config)}
 
@@ -57,8 +59,10 @@ def value_of(parsed: dict, name: str):
 ZERO_IS_FINE = """run.seed run.context lm.warmup lm.weight_decay cd.documents pmp.pairs pmp.warmup
     pmp.token_budget pm.comparisons pm.helpful pm.harmless pm.warmup pm.harmless_weight
     pm.token_budget rl.warmup rl.kl_coef rl.gamma rl.gae_lambda rl.unfinished_penalty rl.slots
-    rl.token_budget rl.harmless_share""".split()
-AT_MOST_ONE = ["rl.gamma", "rl.gae_lambda", "rl.harmless_share"]
+    rl.token_budget rl.harmless_share rl.ptx_coef rl.ema sft.dropout sft.pretraining
+    rm.token_budget""".split()
+AT_MOST_ONE = ["rl.gamma", "rl.gae_lambda", "rl.harmless_share", "rl.ema", "sft.dropout",
+               "sft.pretraining"]
 
 
 @pytest.mark.parametrize("name", [n for n, field in FIELDS.items() if field.type in (int, float)])
@@ -106,7 +110,7 @@ def test_presets(parse, preset):
         assert value_of(parsed, name) == expected, name
     assert set(PRESETS[preset]) <= set(FIELDS) and parse("--resume")["run"].resume
     check_choices(parsed["run"], can_export=False)
-    if preset != "tiny":  # the paper's multiples of the rates in GPT-3's table
+    if preset.endswith("-hh"):  # the paper's multiples of the rates in GPT-3's table
         assert parsed["run"].init + "-hh" == preset and parsed["run"].data == "hh-rlhf"
         rate = {"gpt2": 6e-4, "gpt2-medium": 3e-4}[parsed["run"].init]
         for stage, multiple in {"cd": 0.05, "pmp": 0.1, "pm": 0.01, "rl": 0.01}.items():
