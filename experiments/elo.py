@@ -34,18 +34,9 @@ import torch
 import toy
 import toy_corpus
 from measures import ELO, elo_error, fit_elo, line_fit
-from pm import score_rows
 from train_rl import RLConfig
 
 BASE, BEST, RLHF, HELPFUL = "context-distilled", "best of 16", "RLHF", "helpful-only RLHF"
-
-
-def pm_score(run, pm, prompts: list[str], replies: list[str]):
-    rows = []
-    for prompt, reply in zip(prompts, replies):
-        ids = run.tok.encode_dialogue(prompt) + run.tok.encode_reply(reply)
-        rows.append(ids + [run.tok.end_of_context])
-    return score_rows(pm, rows, device=run.device)
 
 
 def pm_elo(scores):
@@ -81,7 +72,7 @@ def play(run, kind: str, n: int, pm, rlhf, helpful_only) -> tuple[list[dict], to
     elo, covariance = lab.crowd_elo(run, prompts, kind, replies)
     scores, truths = [], []
     for texts in replies.values():
-        scores.append(pm_score(run, pm, prompts, texts))
+        scores.append(lab.score_replies(run, pm, prompts, texts))
         truths.append(torch.tensor([toy.truth(p, r, kind) for p, r in zip(prompts, texts)]))
     scores, truths = torch.stack(scores), torch.stack(truths)  # (players, prompts) each
     mean_pm = ELO * (scores.mean(1) - scores.mean(1)[0])       # (players,)

@@ -23,13 +23,14 @@ import output
 import toy
 import toy_corpus
 import toy_people
+import train_rl
 from exercises import exercises
 from helpers import flat
 from measures import ELO, elo_error
 from pm import score_rows
 from train_rl import RLConfig
 
-HELPERS = ("lab", "output", "measures", "exercises", "campaign")
+HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in test_rollout.py
 
@@ -45,7 +46,27 @@ PMP = {"comparisons": 250, "gain": 0.05, "gain_error": 0.02, "gain_binarized": 0
        "gain_binarized_error": 0.02}
 ECE = {"ECE": 0.02, "+- ECE": 0.001, "bias": 0.012}
 LAST_OF_64 = {"n": 64, "truth": 1.5, "truth_se": 0.1}
-OUTLIERS = ("toy", [0.8, 0.82], [0.9, 0.93])
+GATE = {"gain": 0.1, "rejected 0": 0.9, "lost 0": 0.06, "rejected 10": 0.9, "lost 10": 0.06}
+UNTRAINED = {"rejected 0": 0.2, "rejected 10": 0.3}
+
+
+def seeds(numbers: dict, **changed) -> list[dict]:
+    """Four seeds' numbers, a little apart from each other."""
+    found = []
+    for i in range(4):
+        found.append({name: x + i * 1e-4 for name, x in (numbers | changed).items()})
+    return found
+
+
+def writers(rlhf=0.56, control=0.3, best=0.47, n=4) -> list[dict]:
+    rows = []
+    for policy, writer, rate in (("RLHF", "median writer", rlhf), ("RLHF", "best writer", best),
+                                 ("initial (control)", "median writer", control),
+                                 ("initial (control)", "best writer", 0.9)):
+        for kind, seen in (("helpful", rate), ("harmless", 0.1)):
+            for row in seeds({"win_rate": seen})[:n]:
+                rows.append(row | {"kind": kind, "policy": policy, "against": writer})
+    return rows
 
 
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
@@ -55,7 +76,7 @@ def scaling_fits(r2=0.95, b=0.01, c=0.02):
 
 # Of each script: arguments of `verdict` that hold; then arguments each of which breaks one
 # condition, with the outcome where it is not plain "DOES NOT HOLD"; then what the sentence says.
-NO, PART = "DOES NOT HOLD", "HOLDS IN PART"
+NO, PART, OPEN = "DOES NOT HOLD", "HOLDS IN PART", "NOT DECIDED"
 VERDICTS = {
     "alignment_tax": (
         ([("small", 0.12, 0.01), ("medium", -9.0, 1.0), ("toy", 0.02, 0.01)], 3),
@@ -81,10 +102,15 @@ VERDICTS = {
     "online": (([(110.0, 16.0), (35.0, 17.0)],), [([(110.0, 16.0), (33.0, 17.0)],)],
                ["110 +- 16, 35 +- 17", "n = 2"]),
     "outliers": (
-        ([OUTLIERS, ("small", [0.7, 0.7], [0.9, 0.9])], [5, 4], 6),
-        [([OUTLIERS, ("small", [0.7, 0.7], [0.7, 0.8])], [5, 4], 6),
-         ([("small", [0.7, 0.7], [0.7, 0.8]), OUTLIERS], [5, 4], 6)],
-        ["0.810 and 0.915 (toy, gain 0.105 +- 0.005)", "5 cases of 6", "and in 4 after"]),
+        (seeds(GATE), seeds(UNTRAINED)),
+        [(seeds(GATE, **{"rejected 0": 0.4}), seeds(UNTRAINED)),
+         (seeds(GATE, **{"rejected 10": 0.4}), seeds(UNTRAINED)),
+         (seeds(GATE, **{"lost 0": 0.08}), seeds(UNTRAINED)),
+         (seeds(GATE, **{"lost 10": 0.08}), seeds(UNTRAINED)),
+         (seeds(GATE), seeds(UNTRAINED, **{"rejected 0": 0.6})),
+         (seeds(GATE), seeds(UNTRAINED, **{"rejected 10": 0.6})),
+         (seeds(GATE)[:3], seeds(UNTRAINED)[:3], OPEN)],
+        ["threshold below 0.075", "HOLDS: 10 examples", "gain in AUROC: 0.100 ["]),
     "pm_scaling": (
         (scaling_fits(),),
         [(scaling_fits(r2=0.89),), (scaling_fits(b=-0.01),), (scaling_fits(c=-0.02),)],
@@ -105,6 +131,11 @@ VERDICTS = {
         ((0.33, 0.03), (0.38, 0.02), {"small": 0.1, "toy": 0.05}, 10, 3),
         [((0.41, 0.03), (0.38, 0.02), {}, 10, 3), ((0.33, 0.03), (0.41, 0.02), {}, 10, 3)],
         ["0.330 +- 0.030 of harmless", "0.380 +- 0.020 of helpful", "0.100 (small), 0.050 (toy)"]),
+    "writers": (
+        (writers(best=0.3),),  # the best writer has a sentence of its own
+        [(writers(rlhf=0.49),), (writers(control=0.51),), (writers(rlhf=0.5), OPEN),
+         (writers(n=3), OPEN)],
+        ["win rate of RLHF: 0.560 [", "DOES NOT HOLD: it is nearly as good as the best"]),
 }
 
 
@@ -122,8 +153,8 @@ def test_a_verdict_fails_as_soon_as_one_condition_does(name):
     assert outcome == "HOLDS" and sentence.startswith("HOLDS: ")
     assert [part for part in words if part not in sentence] == []
     for arguments in bad:
-        expected = PART if arguments[-1] == PART else NO
-        outcome, sentence = verdict(*[value for value in arguments if value != PART])
+        expected = arguments[-1] if arguments[-1] in (PART, OPEN) else NO
+        outcome, sentence = verdict(*[value for value in arguments if value not in (PART, OPEN)])
         assert outcome == expected and sentence.startswith(expected), arguments
     if name == "elo":  # it says what failed, and in which seed
         _, sentence = verdict([LEADS, LEADS | {"only, red-team": 1.0}])
@@ -180,10 +211,52 @@ def test_outlier_errors_are_over_splits_and_the_best_detector_is_chosen_per_size
                                  ("small", 0, 1.0, 1.0, 1.0)):
         for split, auroc in zip((0, 0, 1), aurocs):
             rows.append(dict(size=size, token="last", layer=layer, method="exposure", M=10,
-                             split=split, draw=0, auroc=auroc, against_look_alikes=0.5))
+                             split=split, draw=0, auroc=auroc, against_look_alikes=0.5, seed=0,
+                             rejected=0.5, lost=0.0, lost_look_alikes=0.0))
     best = outliers.best(outliers.summarize(rows), "toy", 10)
     assert best["layer"] == 1  # splits' means 0.8 and 0.9: 0.85 +- 0.05
     assert (best["AUROC"], best["+-"], best["look-alikes"]) == pytest.approx((0.85, 0.05, 0.5))
+
+
+def test_a_gate_by_hand():
+    """Of the scores 0 to 100 that tune it, 95 is the 95% quantile: the gate rejects what is above."""
+    alike = torch.tensor([False, True, False, True])
+    rates = importlib.import_module("outliers").gate(
+        torch.arange(101.0), torch.tensor([0.0, 96.0, 95.0, 3.0]), torch.tensor([94.0, 99.0]), alike)
+    assert rates == pytest.approx({"rejected": 0.5, "lost": 0.25, "lost_look_alikes": 0.5})
+
+
+def test_a_seed_of_gates_takes_the_last_block_and_the_detector_for_its_examples():
+    outliers, rows, rejected = importlib.import_module("outliers"), [], 0.0
+    for method, m in (("relative", 0), ("Mahalanobis", 0), ("exposure", 10), ("exposure", 1)):
+        for token in ("mean", "last"):
+            for layer in (0, 1):
+                rejected += 0.01
+                rows.append(dict(size="toy", token=token, layer=layer, method=method, M=m, draw=0,
+                                 seed=0, split=0, rejected=rejected, lost=rejected / 2,
+                                 auroc=rejected, against_look_alikes=0.0, lost_look_alikes=0.0))
+    found = outliers.of_seed(rows + [rows[0] | {"size": "small", "rejected": 9.0}], "toy")
+    # 4 rows of each detector, the last of them for the last token after the last block.
+    assert found == pytest.approx({"gain": 0.12 - 0.08, "rejected 0": 0.04, "lost 0": 0.02,
+                                   "rejected 10": 0.12, "lost 10": 0.06})
+
+
+def test_writers_are_careful_people_and_the_best_and_median_are_picked_by_the_truth(monkeypatch):
+    writers, rng = importlib.import_module("writers"), Random(0)
+    for writer in [writers.hire(rng) for _ in range(50)]:
+        for field in dataclasses.fields(writer):
+            values = [getattr(p, field.name) for p in (toy_corpus.KIND, writer, writers.IDEAL)]
+            # rude is 0 for all three; elsewhere nobody is perfect
+            assert values in (sorted(values), sorted(values)[::-1])
+            assert len(set(values)) == (1 if field.name == "rude" else 3)
+    skills = iter([5, 1, 9, 3, 7] + [8, 2] * 6)  # 17: the highest is 9, the ninth 5
+    monkeypatch.setattr(writers, "hire", lambda rng: dataclasses.replace(
+        writers.IDEAL, right=next(skills) / 10))
+    monkeypatch.setattr(writers, "write", lambda writer, prompts, rng: [writer.right] * len(prompts))
+    monkeypatch.setattr(writers, "mean_truth", lambda prompts, replies, kind: replies[0])
+    found = writers.choose_writers(SimpleNamespace(rng=lambda *name: Random(1)), 2)
+    assert {name: writer.right for name, writer in found.items()} == {
+        "median writer": 0.5, "best writer": 0.9}
 
 
 def test_elo_leads_are_in_errors_of_the_difference():
@@ -259,7 +332,7 @@ def run(tiny_runs):
 def test_a_script_runs_and_draws_and_ends_with_its_verdict(tiny_runs, name):
     printed, where = tiny_runs
     assert printed[name].endswith("END\n"), printed[name][-2000:]
-    assert printed[name].splitlines()[-2].startswith(("HOLDS", "DOES NOT HOLD"))
+    assert printed[name].splitlines()[-2].startswith(("HOLDS", "DOES NOT HOLD", "NOT DECIDED"))
     with open(where / f"{name}.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) > 1
     assert not (where / f"out/experiments/{name}.csv").exists()  # would replace real results
@@ -276,6 +349,29 @@ def test_a_full_run_writes_its_rows_and_a_picture(tmp_path, monkeypatch, capsys)
         assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}, {"a": "2", "b": "0.5"}]
     assert pictures == [(output.PICTURES / "name.png", draw)]
     assert capsys.readouterr().out.splitlines()[-1].startswith("HOLDS: it does.")
+
+
+def test_a_stopped_script_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output, "OUT", tmp_path)
+    monkeypatch.setattr(output, "save_picture", lambda path, draw: None)
+    calls, args = [], SimpleNamespace(tiny=False, full=True, start=0.0)
+
+    def measure():
+        calls.append(1)
+        return [{"seed": len(calls), "x": math.inf}]
+    quick, tiny = (SimpleNamespace(**vars(args) | change) for change in ({"full": False},
+                                                                         {"tiny": True}))
+    first = output.once("name", args, "seed-0", measure)
+    assert output.once("name", args, "seed-0", measure) == first == [{"seed": 1, "x": math.inf}]
+    assert "stopped run" in capsys.readouterr().out and len(calls) == 1
+    for part, options in (("seed-1", args), ("seed-0", quick), ("seed-0", tiny), ("seed-0", tiny)):
+        output.once("name", options, part, measure)
+    assert len(calls) == 5
+    output.finish("name", args, first, None, "HOLDS.")  # its parts go; another setting's stay
+    output.once("name", quick, "seed-0", measure)
+    assert len(calls) == 5
+    output.once("name", args, "seed-0", measure)
+    assert len(calls) == 6
 
 
 def some_pairs(run):
@@ -348,6 +444,28 @@ def test_rejection_sampling_keeps_the_reply_that_scores_highest(run):
     options = responses(run, policy, pm, prompts, 4, "a name")
     for i, reply in enumerate(lab.best_of(run, policy, pm, prompts, n=4, name="a name")):
         assert reply == max(options[4 * i:4 * i + 4], key=lambda option: option[1])[0]
+
+
+def test_the_median_reply_has_as_many_below_as_above(run):
+    pm, policy = lab.train_pm_on(run, some_pairs(run)), lab.load(run)
+    prompts = lab.held_out_prompts(run, 5, "a test").texts
+    options = responses(run, policy, pm, prompts, 3, "a name")
+    medians = lab.median_of(run, policy, pm, prompts, 3, "a name")
+    scored = lab.score_replies(run, pm, prompts, medians).tolist()
+    for i, reply in enumerate(medians):
+        middle = sorted(options[3 * i:3 * i + 3], key=lambda option: option[1])[1]
+        assert reply == middle[0]
+        if reply.rstrip()[-1:] in tuple(".!?"):  # else unfinished, and `responses` says less
+            # Alone or in a batch, a float32 score differs by rounding: 1e-4 is 1000 times epsilon.
+            assert scored[i] == pytest.approx(middle[1], abs=1e-4)
+
+
+def test_a_trained_run_is_the_main_job_in_the_folder_of_its_base(run, monkeypatch):
+    monkeypatch.chdir(run.out.parents[2])
+    found = lab.trained(0, tiny=True)  # trained by writers.py, so nothing is trained here
+    assert found.out.resolve() == run.out
+    monkeypatch.setattr(train_rl, "train", lambda *_: pytest.fail("the policy is there"))
+    assert lab.trained(0, tiny=True).has("policy.pt")
 
 
 def test_a_header_stands_before_the_prompt_and_names_seed_the_draw(run):
