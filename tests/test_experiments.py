@@ -259,6 +259,18 @@ def test_writers_are_careful_people_and_the_best_and_median_are_picked_by_the_tr
         "median writer": 0.5, "best writer": 0.9}
 
 
+def test_a_win_rate_is_that_of_the_policy(monkeypatch):
+    """Our reply is right, theirs evades: 3 nats, so odds of e^3 : 1; the PM says 1 logit."""
+    writers, rng = importlib.import_module("writers"), Random(3)
+    prompts = [toy_corpus.draw_prompt(rng, "helpful", held_out=True) for _ in range(3)]
+    ours = [" " + toy.understand(p).answer + "." for p in prompts]
+    monkeypatch.setattr(lab, "score_replies", lambda run, pm, prompts, replies: torch.tensor(
+        [1.0 if reply in ours else 0.0 for reply in replies]))
+    row = writers.compare(None, None, prompts, ours, [" I do not know."] * 3, "helpful")
+    assert row == pytest.approx({"win_rate": 1 / (1 + math.exp(-3)), "+-": 0, "truth": 3,
+                                 "by_pm": 1 / (1 + math.exp(-1)), "writer_truth": 0})
+
+
 def test_elo_leads_are_in_errors_of_the_difference():
     elo = importlib.import_module("elo")
     covariance = torch.tensor([[0.0, 0.0], [0.0, 16.0]])
