@@ -246,20 +246,28 @@ def judge(run: Run, policy: GPT, pms: list[ScalarModel], prompts: PromptBatch, r
     return torch.stack(found).view(len(found), len(prompts.ids), replies)
 
 
+def pairs_by_lot(run: Run, kind: str, n_prompts: int, n_players: int) -> list[tuple]:
+    """Who meets on each prompt: (prompt, player, player, a number in [0, 1) that a choice may use).
+
+    A reply is in one pair at most. The choices are then independent of each other, as the errors of
+    an Elo take them to be."""
+    rng, pairs = run.rng("lab", "crowd", kind), []
+    for k in range(n_prompts):
+        order = rng.sample(range(n_players), n_players)
+        for i, j in zip(order[::2], order[1::2]):
+            pairs.append((k, i, j, rng.random()))
+    return pairs
+
+
 def crowd_elo(run: Run, prompts: list[str], kind: str, replies: dict[str, list[str]]):
     """Elo by crowdworkers (Eq. B.1) -> {player: Elo, 0 for the first}, covariance for
-    measures.elo_error. replies: {player: its reply to each prompt}.
-
-    On each prompt the players are paired by lot, so each reply is judged once at most. The choices
-    are then independent of each other, as the errors take them to be."""
-    rng, players = run.rng("lab", "crowd", kind), list(replies)
+    measures.elo_error. replies: {player: its reply to each prompt}."""
+    players = list(replies)
     wins = torch.zeros(len(players), len(players))
-    for k, prompt in enumerate(prompts):
-        order = rng.sample(range(len(players)), len(players))
-        for i, j in zip(order[::2], order[1::2]):
-            p = toy.preference(prompt, replies[players[i]][k], replies[players[j]][k], kind)
-            winner, loser = (i, j) if rng.random() < p else (j, i)
-            wins[winner, loser] += 1
+    for k, i, j, chance in pairs_by_lot(run, kind, len(prompts), len(players)):
+        p = toy.preference(prompts[k], replies[players[i]][k], replies[players[j]][k], kind)
+        winner, loser = (i, j) if chance < p else (j, i)
+        wins[winner, loser] += 1
     elo, covariance = fit_elo(wins)
     return dict(zip(players, elo.tolist())), covariance
 

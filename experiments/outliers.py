@@ -182,7 +182,7 @@ def experiment(args):
     if args.full:
         n, splits, draws, n_seeds = 8000, 5, 10, 4
     if args.tiny:
-        sizes, examples, n, splits, draws, n_seeds = [], (SHOWN,), 100, 2, 2, 2
+        sizes, examples, n, splits, draws, n_seeds = [], (SHOWN,), 100, 2, 2, 1
 
     def measure(size: str, seed: int) -> list[dict]:
         run = lab.base("toy" if size == UNTRAINED else size, seed, args.tiny)

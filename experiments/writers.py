@@ -136,7 +136,7 @@ def experiment(args):
     if args.full:
         n, n_seeds = 1500, 4
     if args.tiny:
-        n, n_seeds = 6, 2
+        n, n_seeds = 6, 1
     rows = []
     for seed in range(args.seed, args.seed + n_seeds):
         run = lab.trained(seed, args.tiny)

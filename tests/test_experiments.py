@@ -26,7 +26,7 @@ import toy_people
 import train_rl
 from exercises import exercises
 from helpers import flat
-from measures import ELO, elo_error
+from measures import ELO, elo_error, fit_elo
 from pm import score_rows
 from train_rl import RLConfig
 
@@ -40,8 +40,6 @@ FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in
 FIT = {"size": "toy", "slope": 1.0, "R2": 0.99, "R2_in_KL": 0.9}
 SMALL = FIT | {"size": "small", "slope": 1.4}
 END = {"gap": 0.5, "gap_se": 0.1, "fall": 0.5, "fall_se": 0.1}
-LEADS = {"seed": 7, "initial, helpful": 9.0, "initial, red-team": 9.0, "only, helpful": 0.0,
-         "only, red-team": 9.0}
 PMP = {"comparisons": 250, "gain": 0.05, "gain_error": 0.02, "gain_binarized": 0.05,
        "gain_binarized_error": 0.02}
 ECE = {"ECE": 0.02, "+- ECE": 0.001, "bias": 0.012}
@@ -66,6 +64,20 @@ def writers(rlhf=0.56, control=0.3, best=0.47, n=4) -> list[dict]:
         for kind, seen in (("helpful", rate), ("harmless", 0.1)):
             for row in seeds({"win_rate": seen})[:n]:
                 rows.append(row | {"kind": kind, "policy": policy, "against": writer})
+    return rows
+
+
+def elos(rlhf=(80, 80), only=(60, -200), n=4) -> list[dict]:
+    """Four seeds of players' Elo on helpful and red-team prompts, some 20 apart from each other."""
+    rows = []
+    for player, found in (("context-distilled", (0, 0)), ("RLHF", rlhf),
+                          ("online RLHF", (70, 999)), ("helpful-only RLHF", only)):
+        for kind, elo in zip(("helpful", "harmless"), found):
+            for seed in range(n):
+                wobble = (2 * seed - 3) * (1.0 if player == "helpful-only RLHF" else 0.1)
+                rows.append({"part": "conversations", "seed": seed, "player": player, "kind": kind,
+                             "crowd": elo + wobble})
+                rows.append(rows[-1] | {"part": "single replies", "crowd": -999})
     return rows
 
 
@@ -94,11 +106,12 @@ VERDICTS = {
         [(ECE | {"ECE": 0.031}, ECE, (0.2, 0.05), 0.15), (ECE, ECE, (0.2, 0.11), 0.15)],
         ["ECE is 0.020 +- 0.001", "the mixed PM's are 0.500", "0.200 +- 0.050", "ceiling 0.150"]),
     "elo": (
-        ([LEADS, LEADS | {"only, helpful": -9.0}],),
-        [([LEADS, LEADS | {"initial, helpful": 1.9}],),
-         ([LEADS, LEADS | {"initial, red-team": 1.9}],),
-         ([LEADS, LEADS | {"only, helpful": 2.1}],), ([LEADS, LEADS | {"only, red-team": 1.9}],)],
-        ["in each of n = 2 seeds"]),
+        (elos(),),
+        [(elos(rlhf=(-1, 80)),), (elos(rlhf=(80, -1)),), (elos(only=(20, -200)),),
+         (elos(only=(80, 90)),), (elos(only=(45, -200)), OPEN), (elos(n=3), OPEN)],
+        ["Elo of RLHF above the initial policy, helpful: 80.000 [",
+         "helpful-only above RLHF, helpful: -20.000 [", "threshold above -35",
+         "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
     "online": (([(110.0, 16.0), (35.0, 17.0)],), [([(110.0, 16.0), (33.0, 17.0)],)],
                ["110 +- 16, 35 +- 17", "n = 2"]),
     "outliers": (
@@ -156,9 +169,6 @@ def test_a_verdict_fails_as_soon_as_one_condition_does(name):
         expected = arguments[-1] if arguments[-1] in (PART, OPEN) else NO
         outcome, sentence = verdict(*[value for value in arguments if value not in (PART, OPEN)])
         assert outcome == expected and sentence.startswith(expected), arguments
-    if name == "elo":  # it says what failed, and in which seed
-        _, sentence = verdict([LEADS, LEADS | {"only, red-team": 1.0}])
-        assert sentence.endswith("fails at: helpful-only below RLHF on red-team prompts (seed 7).")
 
 
 # ---- 2. Numbers behind the verdicts ------------------------------------------
@@ -271,13 +281,63 @@ def test_a_win_rate_is_that_of_the_policy(monkeypatch):
                                  "by_pm": 1 / (1 + math.exp(-1)), "writer_truth": 0})
 
 
-def test_elo_leads_are_in_errors_of_the_difference():
+def test_the_pm_chooses_on_the_crowds_own_pairs():
+    """The player with the higher score wins each pair; crowdworkers and the PM see the same ones."""
     elo = importlib.import_module("elo")
-    covariance = torch.tensor([[0.0, 0.0], [0.0, 16.0]])
-    rows = [{"player": "A", "crowd": 0.0}, {"player": "B", "crowd": 12.0}]
-    assert elo.lead(rows, covariance, "B", "A") == pytest.approx(3.0)
-    scores = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # one logit apart: 173.7 Elo (Eq. 2.1)
-    assert elo.pm_elo(scores).tolist() == pytest.approx([0.0, ELO], rel=1e-5)
+    run = SimpleNamespace(rng=lambda *name: Random(5))
+    pairs = lab.pairs_by_lot(run, "helpful", 300, 3)
+    assert len(pairs) == len({k for k, *_ in pairs}) == 300  # three players: one pair a prompt
+    scores = torch.zeros(3, 300)
+    scores[1, :225] = 1.0  # on three prompts in four player 1 is the best, else the worst
+    scores[1, 225:] = -1.0
+    scores[2] = 0.5        # player 2 beats player 0 each time
+    games = {(i, j): [k for k, *pair, _ in pairs if sorted(pair) == [i, j]]
+             for i, j in ((0, 1), (0, 2), (1, 2))}
+    wins = 0.5 * torch.ones(3, 3)
+    for (i, j), ks in games.items():
+        for k in ks:
+            winner, loser = (i, j) if scores[i, k] > scores[j, k] else (j, i)
+            wins[winner, loser] += 1
+    assert elo.pm_elo(run, "helpful", scores).tolist() == pytest.approx(fit_elo(wins)[0].tolist())
+    assert wins[1, 0] > 3 * wins[0, 1] / 2 and wins[2, 0] > 50
+
+
+def test_comparisons_are_made_again_on_the_same_prompts():
+    elo, prompt = importlib.import_module("elo"), "\n\nHuman: What is 2 + 1?\n\nAssistant:"
+    pairs = [SimpleNamespace(prompt=prompt)] * 60
+    run = SimpleNamespace(rng=lambda *name: Random(5))
+    good, bad, empty = ((lambda prompts, name, text=text: [text] * len(prompts))
+                        for text in (" 3.", " I do not know.", " "))
+    found = elo.compare_again(run, pairs, "a name", good, bad)
+    assert {pair.prompt for pair in found} == {prompt} and len(found) == 60
+    assert sum(pair.chosen == " 3." for pair in found) > 50  # odds of e^3 : 1
+    assert elo.compare_again(run, pairs, "a name", good, good) == []
+    some = elo.compare_again(run, pairs, "a name", good, bad, empty)  # one pair in three
+    assert 0 < len(some) < 40 and all(pair.rejected.strip() for pair in some)
+
+
+def test_elo_by_conversations_counts_each_players_choices(monkeypatch):
+    elo = importlib.import_module("elo")
+    won = {("a", "b"): (3, 1), ("a", "c"): (2, 4), ("b", "c"): (1, 5)}
+    monkeypatch.setattr(elo, "match", lambda run, kind, n, policies: won[tuple(policies)])
+    rows = elo.conversations(SimpleNamespace(seed=7), "helpful", 4, dict(A="a", B="b", C="c"))
+    wins = torch.tensor([[0, 3.5, 2.5], [1.5, 0, 1.5], [4.5, 5.5, 0]])
+    expected, covariance = fit_elo(wins)
+    assert [row["crowd"] for row in rows] == pytest.approx(expected.tolist())
+    assert rows[2]["error"] == pytest.approx(elo_error(covariance, 0, 2))
+    assert rows[2]["player"] == "C" and rows[2]["crowd"] > 0 > rows[1]["crowd"]
+
+
+def test_a_match_counts_the_choices_for_the_first_of_two_policies(monkeypatch):
+    elo, said = importlib.import_module("elo"), []
+    for chosen in ("a", "b", "a", "a", None):
+        said.append(SimpleNamespace(
+            comparison=chosen and SimpleNamespace(chosen=chosen),
+            replies=[SimpleNamespace(text="a"), SimpleNamespace(text="b")]))
+    monkeypatch.setattr(elo, "Sampler", lambda policy, end: policy)
+    monkeypatch.setattr(elo, "converse", lambda *args, **options: said)
+    run = SimpleNamespace(tok=SimpleNamespace(end_of_turn=0))
+    assert elo.match(run, "helpful", 5, ["A", "B"]) == (3, 1)
 
 
 # ---- 3. What the scripts share -----------------------------------------------
