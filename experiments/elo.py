@@ -1,4 +1,4 @@
-"""Figs 1 and 36: the Elo by crowdworkers of context distillation, best of n, static and online RLHF.
+"""Figs 1 and 35: Elo by crowdworkers of context distillation, best of n, static and online RLHF.
 
     python experiments/elo.py                # 1 seed; minutes on two CPU cores
     python experiments/elo.py --full         # 4 seeds
@@ -85,7 +85,7 @@ def train_players(run, cfg: RLConfig, early: RLConfig) -> tuple:
         return lambda prompts, name: lab.sample(run, policy, prompts, name)
 
     n = len(static["helpful"]) // 3
-    base, second, third = static["helpful"][:n], static["helpful"][n:2 * n], static["helpful"][2 * n:]
+    base, second, third = (static["helpful"][start:][:n] for start in (0, n, 2 * n))
     base_pm = fit(base)
 
     def best(prompts, name):
@@ -140,7 +140,7 @@ def conversations(run, kind: str, n: int, players: dict) -> list[dict]:
 
 
 def pm_elo(run, kind: str, scores):
-    """Elo (players,) from the PM's choices on the crowdworkers' pairs; scores (players, prompts)."""
+    """Elo (players,) by the PM's choices on the crowdworkers' pairs; scores (players, prompts)."""
     players, n = scores.shape
     wins = 0.5 * torch.ones(players, players)  # as in `conversations`
     for k, i, j, _ in lab.pairs_by_lot(run, kind, n, players):

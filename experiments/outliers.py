@@ -102,7 +102,7 @@ def measure_split(run, policy, n: int, split: int, draws: int, examples: tuple) 
 
 
 def by_split(rows: list[dict], name: str) -> list[float]:
-    """A column's mean over the draws of each split of each seed. Draws share test prompts; splits do
+    """A column's mean over the draws of each seed's splits. Draws share test prompts, and splits do
     not."""
     values = {}
     for row in rows:

@@ -141,8 +141,8 @@ def experiment(args):
     for seed in range(args.seed, args.seed + n_seeds):
         run = lab.trained(seed, args.tiny)
         rows += output.once("writers", args, f"seed-{seed}", lambda: one_seed(run, n))
-    print(f"how often crowdworkers prefer the policy to the writer, and would by the PM; {n} prompts "
-          "of each kind; errors over prompts")
+    print("how often crowdworkers prefer the policy to the writer, and would by the PM; errors over "
+          f"{n} prompts of each kind")
     output.table(rows)
     _, sentences = verdict(rows)
     output.finish("writers", args, rows, lambda plt: draw(plt, rows), sentences)

@@ -229,10 +229,10 @@ def test_outlier_errors_are_over_splits_and_the_best_detector_is_chosen_per_size
 
 
 def test_a_gate_by_hand():
-    """Of the scores 0 to 100 that tune it, 95 is the 95% quantile: the gate rejects what is above."""
+    """Of the scores 0 to 100 that tune it, 95 is the 95% quantile. Scores above it are rejected."""
     alike = torch.tensor([False, True, False, True])
-    rates = importlib.import_module("outliers").gate(
-        torch.arange(101.0), torch.tensor([0.0, 96.0, 95.0, 3.0]), torch.tensor([94.0, 99.0]), alike)
+    inner, outer = torch.tensor([0.0, 96.0, 95.0, 3.0]), torch.tensor([94.0, 99.0])
+    rates = importlib.import_module("outliers").gate(torch.arange(101.0), inner, outer, alike)
     assert rates == pytest.approx({"rejected": 0.5, "lost": 0.25, "lost_look_alikes": 0.5})
 
 
@@ -262,7 +262,7 @@ def test_writers_are_careful_people_and_the_best_and_median_are_picked_by_the_tr
     skills = iter([5, 1, 9, 3, 7] + [8, 2] * 6)  # 17: the highest is 9, the ninth 5
     monkeypatch.setattr(writers, "hire", lambda rng: dataclasses.replace(
         writers.IDEAL, right=next(skills) / 10))
-    monkeypatch.setattr(writers, "write", lambda writer, prompts, rng: [writer.right] * len(prompts))
+    monkeypatch.setattr(writers, "write", lambda writer, prompts, rng: [writer.right])
     monkeypatch.setattr(writers, "mean_truth", lambda prompts, replies, kind: replies[0])
     found = writers.choose_writers(SimpleNamespace(rng=lambda *name: Random(1)), 2)
     assert {name: writer.right for name, writer in found.items()} == {
@@ -282,7 +282,7 @@ def test_a_win_rate_is_that_of_the_policy(monkeypatch):
 
 
 def test_the_pm_chooses_on_the_crowds_own_pairs():
-    """The player with the higher score wins each pair; crowdworkers and the PM see the same ones."""
+    """The player with the higher score wins each pair. Crowdworkers judge the same pairs."""
     elo = importlib.import_module("elo")
     run = SimpleNamespace(rng=lambda *name: Random(5))
     pairs = lab.pairs_by_lot(run, "helpful", 300, 3)
