@@ -195,7 +195,7 @@ def rates_by_turn(run: Run, policy: GPT, n: int, max_response: int,
 
 def match(run: Run, a: GPT, b: GPT, kind: str, n: int, max_response: int = 32):
     """n held-out conversations in which two models answer side by side at each turn (App. B.5)
-    -> wins (2, 2) for measures.fit_elo: [0, 1] counts a's replies that were judged better than b's.
+    -> wins (2, 2) for ratings.fit_elo: [0, 1] counts a's replies that were judged better than b's.
     Equal replies count for neither."""
     players = [Sampler(model, run.tok.end_of_turn) for model in (a, b)]
     exchanges = converse(run, f"match {kind}", players, [kind] * n, [MAX_TURNS] * n, held_out=True,
