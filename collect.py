@@ -147,6 +147,12 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
     """Let simulated crowdworkers compare at most n pairs of the policy's replies in conversations.
     Pairs that cannot be compared are dropped and counted. cfg: a train_pm.PMConfig. A split whose
     name begins with "test" asks held-out questions."""
+    sampler = Sampler(policy, run.tok.end_of_turn)
+    return collect_from(run, cfg, [sampler, sampler], kind, split, n)
+
+
+def collect_from(run: Run, cfg, players: list, kind: str, split: str, n: int) -> list[Comparison]:
+    """The same, of the replies of two players: two policies deployed side by side (§4.5)."""
     turns, rng = [], run.rng("turns", kind, split)
     while sum(turns) < n:
         stays = 1
@@ -155,8 +161,7 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
         while stays < cfg.turns and rng.random() < 0.5:
             stays += 1
         turns.append(min(stays, n - sum(turns)))
-    sampler = Sampler(policy, run.tok.end_of_turn)
-    exchanges = converse(run, f"{kind} {split}", [sampler, sampler], [kind] * len(turns), turns,
+    exchanges = converse(run, f"{kind} {split}", players, [kind] * len(turns), turns,
                          split.startswith("test"), cfg.max_response, cfg.noise)
     counts, kept = Counter(read=len(exchanges)), []
     for exchange in exchanges:
@@ -193,12 +198,13 @@ def rates_by_turn(run: Run, policy: GPT, n: int, max_response: int,
     return rows
 
 
-def match(run: Run, a: GPT, b: GPT, kind: str, n: int, max_response: int = 32):
+def match(run: Run, a: GPT, b: GPT, kind: str, n: int, max_response: int = 32,
+          name: str = "match"):
     """n held-out conversations in which two models answer side by side at each turn (App. B.5)
     -> wins (2, 2) for ratings.fit_elo: [0, 1] counts a's replies that were judged better than b's.
-    Equal replies count for neither."""
+    Equal replies count for neither. The same people come to matches of the same `name`."""
     players = [Sampler(model, run.tok.end_of_turn) for model in (a, b)]
-    exchanges = converse(run, f"match {kind}", players, [kind] * n, [MAX_TURNS] * n, held_out=True,
+    exchanges = converse(run, f"{name} {kind}", players, [kind] * n, [MAX_TURNS] * n, held_out=True,
                          max_response=max_response)
     wins = torch.zeros(2, 2)
     for exchange in exchanges:
