@@ -4,7 +4,7 @@ A person asks, sees one or two replies, and says something that depends on the r
 dialogue goes on with. Read it in this order:
 
   1. Conversations   `converse`: all conversations of a batch advance together
-  2. Comparisons     `collect`: two replies of one policy at each turn (§2.1, 2.2)
+  2. Comparisons     `collect`: two replies at each turn (§2.1, 2.2); `BestOf` n, a player
   3. Measuring       `rates_by_turn` of one policy; `match`, a chat with two models (App. B.5)
 
 Papers: HH = Bai et al. 2022 (arXiv 2204.05862), and every § or App. without a name is in HH.
@@ -22,7 +22,9 @@ import toy_corpus
 from data import ASSISTANT, HUMAN, MARKER, Comparison, counts_line
 from model import GPT
 from pipeline import Run
-from rollout import Sampler
+from pm import ScalarModel
+from ppo import PPOConfig, pm_scores
+from rollout import Rollouts, Sampler
 from toy_people import next_turn
 
 # ---- 1. Conversations --------------------------------------------------------
@@ -177,6 +179,31 @@ def collect_from(run: Run, cfg, players: list, kind: str, split: str, n: int) ->
                         "more --lm.documents (in a new --out), or longer replies "
                         "(--pm.max-response)")
     return kept
+
+
+class BestOf:
+    """A player whose reply is the best of n by the PM: rejection sampling (§2.3, App. B.6)."""
+
+    def __init__(self, run: Run, policy: GPT, pm: ScalarModel, n: int, name: str):
+        """name: seeds all samples but the first of each n."""
+        self.sampler = Sampler(policy, run.tok.end_of_turn)
+        self.pm, self.n, self.end_of_context = pm, n, run.tok.end_of_context
+        self.generator = run.torch_rng("best of", name)
+
+    def __call__(self, prompts: list[list[int]], uniforms) -> Rollouts:
+        """One response to each of N prompts. uniforms (N, R): of the first of its n samples."""
+        N, R = uniforms.shape
+        others = torch.rand(N, self.n - 1, R, generator=self.generator)
+        uniforms = torch.cat([uniforms[:, None], others], 1).flatten(0, 1)        # (N n, R)
+        copies = []
+        for prompt in prompts:
+            copies += [prompt] * self.n
+        ro = self.sampler(copies, uniforms)
+        scores = pm_scores(self.pm, ro, self.end_of_context, PPOConfig())         # (N n,)
+        best = scores.view(N, self.n).argmax(1)                                   # (N,)
+        i = best + self.n * torch.arange(N, device=scores.device)                 # (N,)
+        return Rollouts(ro.tokens[i], ro.prompt_len[i], ro.response_len[i], ro.finished[i],
+                        ro.logp[i])
 
 
 # ---- 3. Measuring ------------------------------------------------------------

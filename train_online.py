@@ -16,33 +16,28 @@ What is complete is used as it is; --resume continues a step that was interrupte
 delete OUT/online. Read this file in this order:
   1. Folders   a round's folder shares the files of stages 1 to 3, and all earlier comparisons
   2. Deploy    step 1, with simulated people or with real ones
-  3. Elo       step 4, the table and the picture
-  4. Command   the rounds
+  3. Command   the rounds
+Step 4 is in tournament.py.
 
 Papers: HH = Bai et al. 2022 (arXiv 2204.05862); a § or App. without a name is in HH.
 """
 import copy
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from run import (  # before torch: Ctrl-C prints no traceback
-    UserError, file_hash, is_first, load, save, write_atomically)
-
-import torch
+    UserError, file_hash, is_first, save, write_atomically)
 
 import ranks
 import report
 from choices import read_choices
-from collect import collect_from, match
-from curves import Line, chart, picture, read_lines
-from data import write_comparisons
+from collect import BestOf, collect_from
+from data import Comparison, write_comparisons
 from evaluate import load_policy
 from pipeline import PIPELINE, SPEED_OPTIONS, Run, RunConfig, main
-from ppo import PPOConfig, pm_scores
-from ratings import elo_error, fit_elo
-from rollout import Rollouts, Sampler
+from rollout import Sampler
+from tournament import KINDS, EloConfig, play, show
 from train_lm import CDConfig, LMConfig
 from train_pm import PMConfig, PMPConfig, check_early, delete_comparisons, ensure, train as train_pm
 from train_rl import RLConfig, train as train_rl
@@ -60,12 +55,6 @@ class OnlineConfig:
     wanted: int = 100        # with people: new choices that a round waits for
 
 
-@dataclass
-class EloConfig:
-    conversations: int = 200  # toy: held-out chats of each kind, with each earlier policy
-
-
-KINDS = ("helpful", "harmless")
 # Deploying depends on other files in each round, which `reuse` and `begin` are told as `data`.
 ROUND = {"lm": PIPELINE["lm"], "cd": PIPELINE["cd"], "pmp": PIPELINE["pmp"],
          "online": ("deployed.pt", ()), "pm": PIPELINE["pm"], "rl": PIPELINE["rl"],
@@ -107,7 +96,7 @@ def share_all(run: Run, part: Run):
     ranks.wait()
 
 
-def deployed(run: Run, k: int, online: OnlineConfig) -> list[Path]:
+def deployed(run: Run, k: int) -> list[Path]:
     """The checkpoints that decide what people see in round k."""
     before = round_of(run, k - 1)
     if k == 1:
@@ -118,37 +107,15 @@ def deployed(run: Run, k: int, online: OnlineConfig) -> list[Path]:
 # ---- 2. Deploy ---------------------------------------------------------------
 
 
-class BestOf:
-    """A player whose reply is the best of n by the PM: rejection sampling (§2.3, App. B.6)."""
-
-    def __init__(self, run: Run, n: int, name: str):
-        self.sampler = Sampler(run.load_model("initial.pt"), run.tok.end_of_turn)
-        self.pm, self.n, self.end = run.load_model("pm.pt"), n, run.tok.end_of_context
-        self.generator = run.torch_rng("best of", name)
-
-    def __call__(self, prompts: list[list[int]], uniforms) -> Rollouts:
-        """One response to each prompt. uniforms (N, R): of the first of its n samples."""
-        N, R = uniforms.shape
-        others = torch.rand(N, self.n - 1, R, generator=self.generator)
-        uniforms = torch.cat([uniforms[:, None], others], 1).flatten(0, 1)           # (N n, R)
-        copies = []
-        for prompt in prompts:
-            copies += [prompt] * self.n
-        ro = self.sampler(copies, uniforms)
-        scores = pm_scores(self.pm, ro, self.end, PPOConfig()).view(N, self.n)       # (N, n)
-        best = scores.argmax(1) + self.n * torch.arange(N, device=scores.device)     # (N,)
-        return Rollouts(ro.tokens[best], ro.prompt_len[best], ro.response_len[best],
-                        ro.finished[best], ro.logp[best])
-
-
 def pairs_of_players(run: Run, k: int, online: OnlineConfig, name: str) -> list[list]:
     """The pairs of players that people see in round k. Several snapshots make up for RLHF's loss of
     diversity (§4.5): each plays with the next one, and the last with the first."""
     if k == 1:
-        player = BestOf(run, online.best_of, name)
+        player = BestOf(run, run.load_model("initial.pt"), run.load_model("pm.pt"),
+                        online.best_of, name)
         return [[player, player]]
     before, players = round_of(run, k - 1), []
-    for path in deployed(run, k, online):
+    for path in deployed(run, k):
         players.append(Sampler(load_policy(before, path.name), run.tok.end_of_turn))
     if len(players) < 3:
         return [[players[0], players[-1]]]
@@ -157,7 +124,7 @@ def pairs_of_players(run: Run, k: int, online: OnlineConfig, name: str) -> list[
 
 def deploy(run: Run, k: int, pm: PMConfig, online: OnlineConfig) -> bool:
     """Step 1 of round k. Returns False if people have not yet made enough choices."""
-    part, before, files = round_of(run, k), round_of(run, k - 1), deployed(run, k, online)
+    part, before, files = round_of(run, k), round_of(run, k - 1), deployed(run, k)
     if part.reuse("online", online, files):
         return True
     if online.people and not has_choices(run, k, online):
@@ -178,7 +145,7 @@ def deploy(run: Run, k: int, pm: PMConfig, online: OnlineConfig) -> bool:
         ranks.wait()
         n_new = count(people_of(part)) - count(people_of(before))
     else:
-        print(f"[1] comparisons of round {k}: replies of {names_of(files)}")
+        print(f"[1] comparisons of round {k}, by {', '.join(path.name for path in files)}")
         tranche = "rs" if k == 1 else f"online-{k}"
         for kind, n_train in zip(KINDS, (online.helpful, online.harmless)):
             for split, n in (("train", n_train), ("test", online.test)):
@@ -196,7 +163,8 @@ def deploy(run: Run, k: int, pm: PMConfig, online: OnlineConfig) -> bool:
 
 
 def new_comparisons(run: Run, k: int, pm: PMConfig, online: OnlineConfig, kind: str, split: str,
-                    n: int) -> list:
+                    n: int) -> list[Comparison]:
+    """At most n comparisons, about as many of each pair of players."""
     pairs, found = pairs_of_players(run, k, online, f"{kind} {split}"), []
     for i, players in enumerate(pairs):
         share_of_n = n * (i + 1) // len(pairs) - n * i // len(pairs)
@@ -204,10 +172,6 @@ def new_comparisons(run: Run, k: int, pm: PMConfig, online: OnlineConfig, kind: 
             name = f"{split}, round {k}, pair {i}"
             found += collect_from(run, pm, players, kind, name, share_of_n)
     return found
-
-
-def names_of(files: list[Path]) -> str:
-    return " and ".join(path.name for path in files)
 
 
 def people_of(part: Run) -> list[Path]:
@@ -222,15 +186,14 @@ def has_choices(run: Run, k: int, online: OnlineConfig) -> bool:
     n = count([online.people]) if Path(online.people).exists() else 0
     if n - n_before >= online.wanted:
         return True
-    before, *others = round_of(run, k - 1), *deployed(run, k, online)[:-1]
-    models = f"--model {'initial.pt' if k == 1 else 'policy.pt'}"
-    if k > 1 and others:
-        models += f" --against {others[0].name}"
-    choices = f"--choices {online.people}"
+    before, options = round_of(run, k - 1), "--model initial.pt"
+    if k > 1:  # an earlier snapshot makes the replies more diverse (§4.5)
+        options = f"--model policy.pt --against {deployed(run, k)[0].name}"
+    options += f" --choices {online.people}"
     print(f"round {k} is deployed and waits for people: {online.people} holds {n - n_before:,} "
           f"new usable choices of {online.wanted:,}. To add some:\n"
-          f"    python chat.py {before.out} --compare {models} {choices}\n"
-          f"    python serve.py {before.out} {models} {choices}\n"
+          f"    python chat.py {before.out} --compare {options}\n"
+          f"    python serve.py {before.out} {options}\n"
           "Then give the same command again.")
     return False
 
@@ -240,85 +203,7 @@ def count(paths: list) -> int:
     return len(train) + len(held_out)
 
 
-# ---- 3. Elo ------------------------------------------------------------------
-
-
-def play(run: Run, k: int, cfg: EloConfig, rl: RLConfig):
-    """Match round k's policy against the initial policy and those of all earlier rounds."""
-    part, others = round_of(run, k), [round_of(run, j) for j in range(1, k)]
-    files = [other.path("policy.pt") for other in others]
-    if part.reuse("elo", cfg, files):
-        return
-    stage = part.begin("elo", cfg, data=files)
-    stage.start()
-    print(f"[4] Elo: round {k} against the initial policy" + (" and earlier rounds" * (k > 1)))
-    policy, opponents = part.load_model("policy.pt"), [part.load_model("initial.pt")]
-    opponents += [other.load_model("policy.pt") for other in others]
-    wins = {}
-    for kind in KINDS:
-        rows = []
-        for j, opponent in enumerate(opponents):
-            found = match(part, policy, opponent, kind, cfg.conversations, rl.max_response,
-                          f"round {k} against {j},")
-            rows.append([found[0, 1].item(), found[1, 0].item()])
-            stage.log(k, kind=kind, opponent=j, won=rows[-1][0], lost=rows[-1][1])
-        wins[kind] = torch.tensor(rows)  # (k, 2): won and lost against each opponent
-    stage.end(wins=wins)
-
-
-def ratings(run: Run, k: int, kind: str) -> tuple[list[float], list[float]]:
-    """Elo and its error of the initial policy, which has 0, and of rounds 1 to k. Both are NaN for
-    all others where no finite Elo exists, as for a policy that never lost."""
-    wins = torch.zeros(k + 1, k + 1)
-    for j in range(1, k + 1):
-        found = load(round_of(run, j).path("elo.pt"))["wins"][kind]
-        wins[j, :j], wins[:j, j] = found[:, 0], found[:, 1]
-    try:
-        elo, covariance = fit_elo(wins)
-    except ValueError:
-        return [0.0] + [float("nan")] * k, [0.0] + [float("nan")] * k
-    return elo.tolist(), [elo_error(covariance, 0, j) for j in range(k + 1)]
-
-
-def show(run: Run, k: int):
-    """Print the table of rounds 1 to k, and write it and the picture to OUT/online."""
-    elo, errors, lines = {}, {}, []
-    for i, kind in enumerate(KINDS):
-        elo[kind], errors[kind] = ratings(run, k, kind)
-        points = [(j, y) for j, y in enumerate(elo[kind]) if math.isfinite(y)]
-        bars = [(j, y - errors[kind][j], y + errors[kind][j]) for j, y in points]
-        lines.append(Line(f"{kind} prompts", points, color=i, dash=i, bars=bars))
-    rows = [f"    {'round':8}{'new pairs':>10}{'PM accuracy':>13}{'helpfulness':>13}"
-            f"{'harmlessness':>14}{'Elo, helpful':>15}{'Elo, red-team':>15}"]
-    for j in range(k + 1):
-        row = f"    {j or 'initial':<8}" + (numbers_of(round_of(run, j)) if j else " " * 50)
-        for kind in KINDS:
-            row += f"{elo[kind][j]:8.0f} +- {errors[kind][j]:3.0f}"
-        rows.append(row)
-    table = "\n".join(rows)
-    print(f"\n{table}\n    (PM accuracy on held-out pairs of all rounds so far; true utilities of "
-          "the policy; Elo with one standard error)")
-    title = "Elo by crowdworkers, with one standard error"
-    names = ["initial"] + [str(j) for j in range(1, k + 1)]
-    svg = picture(chart(title, lines, x_title="round", x_names=names))
-    write_atomically(run.path("online") / "elo.txt", f"{table}\n".encode())
-    write_atomically(run.path("online") / "elo.svg", svg.encode())
-    print(f"    -> {run.path('online') / 'elo.svg'}")
-
-
-def numbers_of(part: Run) -> str:
-    """The cells of the table that come from a round's metrics.jsonl."""
-    numbers = {}
-    for line in read_lines(part.path("metrics.jsonl"), []):
-        if line["stage"] == "rl" or line["stage"] == "online" or line.get("subset") == "all":
-            numbers |= line
-    cells = f"{numbers.get('new', 0):10,}"
-    for name, width in (("accuracy", 13), ("eval_helpfulness", 13), ("eval_harmlessness", 14)):
-        cells += f"{numbers.get(name) or math.nan:{width}.3f}"
-    return cells
-
-
-# ---- 4. Command --------------------------------------------------------------
+# ---- 3. Command --------------------------------------------------------------
 
 
 def check_rounds(run: Run, pm: PMConfig, online: OnlineConfig):
@@ -338,6 +223,9 @@ def check_rounds(run: Run, pm: PMConfig, online: OnlineConfig):
 def keep_snapshots(part: Run, n: int, iterations: int):
     """What `train_rl.train` calls after each iteration: it saves n - 1 policies, evenly spaced
     before the last one, which is policy.pt."""
+    if not part.resume and is_first():
+        for path in part.out.glob("snapshot-*.pt"):  # of another policy
+            path.unlink()
     names = {}
     for i in range(1, n):
         names[iterations * i // n] = f"snapshot-{i}.pt"
@@ -348,9 +236,9 @@ def keep_snapshots(part: Run, n: int, iterations: int):
     return watch
 
 
-def play_round(run: Run, k: int, pm: PMConfig, rl: RLConfig, online: OnlineConfig,
-               elo: EloConfig) -> bool:
-    """All steps of round k that are missing. Returns False if the round waits for people."""
+def train_round(run: Run, k: int, pm: PMConfig, rl: RLConfig, online: OnlineConfig) -> bool:
+    """Steps 1 to 3 of round k, where they are missing. Returns False if the round waits for people.
+    """
     part = round_of(run, k)
     print(f"\nround {k} of {online.rounds}")
     share_all(run, part)
@@ -363,8 +251,6 @@ def play_round(run: Run, k: int, pm: PMConfig, rl: RLConfig, online: OnlineConfi
     if not part.reuse("rl", rl):
         with report.written_at_the_end(part.out, is_writer=is_first()):
             train_rl(part, rl, keep_snapshots(part, online.snapshots, rl.iterations))
-    if run.toy:
-        play(run, k, elo, rl)
     return True
 
 
@@ -375,11 +261,16 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
     check_early(folder, cd, pmp, pm, rl.max_response)
     check_rounds(folder, pm, online)
     ensure(folder, lm, cd, pmp, pm)
-    n_done = 0
-    while n_done < online.rounds and play_round(folder, n_done + 1, pm, rl, online, elo):
-        n_done += 1
-    if n_done > 0 and folder.toy and is_first():
-        show(folder, n_done)
+    rounds = []
+    while len(rounds) < online.rounds:
+        k = len(rounds) + 1
+        if not train_round(folder, k, pm, rl, online):
+            break
+        rounds.append(round_of(folder, k))
+        if folder.toy:
+            play(rounds, elo, rl.max_response)
+    if rounds and folder.toy:
+        show(rounds, folder.path("online"))
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ import rollout
 import toy
 import toy_corpus
 import train_lm
+import train_online
 import train_pm
 import train_rl
 from conversation import Scorer
 from data import ASSISTANT, HUMAN
 from model import GPT, SIZES, GPTConfig
-from pipeline import PIPELINE, PRESETS, Run, RunConfig, main
+from pipeline import PIPELINE, PRESETS, RULES, Run, RunConfig, main
 from run import UserError, file_hash, flag, load, save
 from stage import Folder, Stage
 from train_lm import CDConfig
@@ -44,7 +45,7 @@ from test_run import (CONFIGS, Killed, broken_checkpoints, content, default_of,
 ROOT = Path(train_rl.__file__).resolve().parent
 # Each command, and how many of the stages it runs.
 SCRIPTS = {"train_lm.py": (train_lm.command, 2), "train_pm.py": (train_pm.command, 4),
-           "train_rl.py": (train_rl.command, 5)}
+           "train_rl.py": (train_rl.command, 5), "train_online.py": (train_online.command, 7)}
 RESULTS = {stage: result for stage, (result, _) in PIPELINE.items()}
 LM = "--lm.documents 120 --lm.step-tokens 512 --lm.vocab 500 --lm.warmup 7 --lm.max-grad-norm 0.6"
 CD = "--cd.documents 21 --cd.batch 3 --cd.max-grad-norm 0.01"
@@ -54,7 +55,9 @@ PM = ("--pm.helpful 80 --pm.harmless 70 --pm.test 40 --pm.batch 4 --pm.warmup 4 
 RL = ("--rl.iterations 5 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 "
       "--rl.eval-conversations 3 --rl.save-every 2 --rl.max-response 12 --rl.warmup 3 "
       "--rl.max-grad-norm 0.05 --rl.harmless-share 1")
-OF_STAGES = [LM, CD, PMP, PM, RL]
+ONLINE = ("--rounds 2 --online.helpful 24 --online.harmless 9 --online.test 8 --online.best-of 3 "
+          "--wanted 4")
+OF_STAGES = [LM, CD, PMP, PM, RL, ONLINE, "--elo.conversations 6"]
 
 # ---- 1. Running a command ----------------------------------------------------
 
@@ -111,7 +114,7 @@ def call_small(call):
 def assert_one_sentence(result: Result, *words):
     assert result.code == 2, result.out[-500:]
     assert len(result.err.strip().splitlines()) == 1, result.err
-    assert re.match(r"train_(lm|pm|rl)\.py: \S", result.err), result.err
+    assert re.match(r"train_(lm|pm|rl|online)\.py: \S", result.err), result.err
     assert all(str(word) in result.err for word in words), result.err
 
 
@@ -825,8 +828,8 @@ def test_help_documents_every_field(capsys, monkeypatch, script):
         for field in dataclasses.fields(config):
             name = flag(f"{prefix}.{field.name}")
             words = entries[name].split()
-            if name == "--pm.people":
-                assert words[1:3] == ["--comparisons", "FILE"]
+            if f"{prefix}.{field.name}" in RULES["aliases"]:
+                assert words[1] == RULES["aliases"][f"{prefix}.{field.name}"]
                 words = words[2:]
             text = " ".join(words if field.type is bool else words[1:])
             help_, default = re.fullmatch(r"(.*) \(default: ?(.*)\)", text).groups()
