@@ -29,7 +29,7 @@ from measures import ELO, elo_error
 from pm import score_rows
 from train_rl import RLConfig
 
-HELPERS = ("lab", "output", "measures", "exercises", "campaign")
+HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in test_rollout.py
 
