@@ -36,7 +36,7 @@ from train_rl import Learner
 # Odd numbers: two processes divide neither the batches nor the last minibatch, of one response.
 OPTIONS = ("--lm.documents 150 --lm.step-tokens 512 --lm.vocab 500 --cd.documents 7 --cd.batch 3 "
            "--pmp.pairs 9 --pmp.batch 4 --pm.helpful 24 --pm.harmless 22 --pm.test 20 --pm.batch 3 "
-           "--pm.max-response 80 "
+           "--pm.max-response 60 "
            "--rl.iterations 4 --rl.batch 7 --rl.minibatch 3 --rl.max-response 12 "
            "--rl.eval-prompts 5 --rl.eval-every 2 --rl.save-every 2").split()
 Result = namedtuple("Result", "code out err")
