@@ -81,6 +81,17 @@ def elos(rlhf=(80, 80), only=(60, -200), n=4) -> list[dict]:
     return rows
 
 
+def arms(written=0.95, mixed=1.05, control=0.4) -> list[dict]:
+    """Four seeds, in which the crowd's prompts gain 2 to 5 nats."""
+    rows = []
+    for seed in range(4):
+        wobble = 1 + 0.0002 * (2 * seed - 3)
+        for arm, share in (("crowd", 1 / wobble), ("written", written), ("mixed", mixed),
+                           ("red-team only", control)):
+            rows.append({"prompts": arm, "gain": (2 + seed) * share * wobble})
+    return rows
+
+
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
     return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
             ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
@@ -112,6 +123,11 @@ VERDICTS = {
         ["Elo of RLHF above the initial policy, helpful: 80.000 [",
          "helpful-only above RLHF, helpful: -20.000 [", "threshold above -35",
          "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
+    "model_prompts": (
+        (arms(),),
+        [(arms(written=0.89),), (arms(written=1.11),), (arms(mixed=0.89),), (arms(mixed=1.11),),
+         (arms(control=0.91),), (arms(written=0.9001), OPEN), (arms()[:12], OPEN)],
+        ["written ones: 0.950 [", "half of each: 1.050 [", "the control: 0.400 ["]),
     "online": (([(110.0, 16.0), (35.0, 17.0)],), [([(110.0, 16.0), (33.0, 17.0)],)],
                ["110 +- 16, 35 +- 17", "n = 2"]),
     "outliers": (
@@ -538,6 +554,31 @@ def test_a_trained_run_is_the_main_job_in_the_folder_of_its_base(run, monkeypatc
     assert found.out.resolve() == run.out
     monkeypatch.setattr(train_rl, "train", lambda *_: pytest.fail("the policy is there"))
     assert lab.trained(0, tiny=True).has("policy.pt")
+
+
+def test_arms_of_rl_learn_from_their_own_prompts(run, monkeypatch):
+    """Crowd prompts come from files, written ones have a mark, and the control has one kind."""
+    script, cfg = importlib.import_module("model_prompts"), RLConfig()
+    written = {kind: [f"\n\nHuman: {kind} written?\n\nAssistant:"] for kind in lab.KINDS}
+    shares = {}
+    for arm in ("crowd", "written", "mixed", "red-team only"):
+        batch = script.prompts_of(arm, run, cfg, written).draw(400, "a test", held_out=False)
+        marked = [text in written[kind] for text, kind in zip(batch.texts, batch.kinds)]
+        shares[arm] = sum(marked) / 400, batch.kinds.count("harmless") / 400
+    assert [shares[arm][0] for arm in ("crowd", "written", "red-team only")] == [0, 1, 0]
+    # 400 draws: 0.5 has a standard error of 0.025, and 0.33 of 0.024. Four of them are 0.1.
+    assert abs(shares["mixed"][0] - 0.5) < 0.1 and abs(shares["mixed"][1] - 0.33) < 0.1
+    assert shares["red-team only"][1] == 1
+
+
+def test_a_gain_is_the_end_less_the_start_on_the_kinds_in_their_shares(run, monkeypatch):
+    script = importlib.import_module("model_prompts")
+    numbers = dict(helpfulness=1.0, harmlessness=-2.0, correct=0.5, complied=0.5, kl=0.0)
+    path = [numbers, numbers | dict(helpfulness=3.0, harmlessness=1.0)]
+    monkeypatch.setattr(lab, "ppo", lambda *_, prompts: (None, path))
+    monkeypatch.setattr(run, "load_model", lambda name: name)
+    [row] = script.one_arm("mixed", run, RLConfig(), {})
+    assert row["gain"] == pytest.approx((2 * 2 + 3) / 3) and row["helpfulness"] == 3.0
 
 
 def test_a_header_stands_before_the_prompt_and_names_seed_the_draw(run):
