@@ -261,7 +261,7 @@ def test_a_seed_of_gates_takes_the_last_block_and_the_detector_for_its_examples(
                 rows.append(dict(size="toy", token=token, layer=layer, method=method, M=m, draw=0,
                                  seed=0, split=0, rejected=rejected, lost=rejected / 2,
                                  auroc=rejected, against_look_alikes=0.0, lost_look_alikes=0.0))
-    found = outliers.of_seed(rows + [rows[0] | {"size": "small", "rejected": 9.0}], "toy")
+    found = outliers.of_seed(rows + [rows[3] | {"size": "small", "rejected": 9.0}], "toy")
     # 4 rows of each detector, the last of them for the last token after the last block.
     assert found == pytest.approx({"gain": 0.12 - 0.08, "rejected 0": 0.04, "lost 0": 0.02,
                                    "rejected 10": 0.12, "lost 10": 0.06})
