@@ -201,8 +201,9 @@ def draw(plt, rows):
         for row in output.select(mine, seed=rows[0]["seed"]):
             plt.annotate(row["player"], (row["mean_pm"] / ELO, row["crowd"]), fontsize=6,
                          xytext=(4, -3), textcoords="offset points")
-    ends = [min(x), max(x)]
-    plt.plot(ends, [ELO * end for end in ends], "k:", label="Eq. 2.1: 174 a logit")
+    mean_pm = output.column(output.select(rows, part="single replies"), "mean_pm")
+    ends = [min(mean_pm), max(mean_pm)]
+    plt.plot([end / ELO for end in ends], ends, "k:", label="Eq. 2.1: 174 a logit")
     plt.xlabel("mean PM score, less the initial policy's (logits)")
     plt.ylabel("Elo by crowdworkers, single replies")
     plt.legend()
