@@ -4,7 +4,7 @@ A person asks, sees one or two replies, and says something that depends on the r
 dialogue goes on with. Read it in this order:
 
   1. Conversations   `converse`: all conversations of a batch advance together
-  2. Comparisons     `collect`: two replies of one policy at each turn (§2.1, 2.2)
+  2. Comparisons     `collect`: two replies at each turn (§2.1, 2.2); `BestOf` n, a player
   3. Measuring       `rates_by_turn` of one policy; `match`, a chat with two models (App. B.5)
 
 Papers: HH = Bai et al. 2022 (arXiv 2204.05862), and every § or App. without a name is in HH.
@@ -22,7 +22,9 @@ import toy_corpus
 from data import ASSISTANT, HUMAN, MARKER, Comparison, counts_line
 from model import GPT
 from pipeline import Run
-from rollout import Sampler
+from pm import ScalarModel
+from ppo import PPOConfig, pm_scores
+from rollout import Rollouts, Sampler
 from toy_people import next_turn
 
 # ---- 1. Conversations --------------------------------------------------------
@@ -147,6 +149,12 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
     """Let simulated crowdworkers compare at most n pairs of the policy's replies in conversations.
     Pairs that cannot be compared are dropped and counted. cfg: a train_pm.PMConfig. A split whose
     name begins with "test" asks held-out questions."""
+    sampler = Sampler(policy, run.tok.end_of_turn)
+    return collect_from(run, cfg, [sampler, sampler], kind, split, n)
+
+
+def collect_from(run: Run, cfg, players: list, kind: str, split: str, n: int) -> list[Comparison]:
+    """The same, of the replies of two players: two policies deployed side by side (§4.5)."""
     turns, rng = [], run.rng("turns", kind, split)
     while sum(turns) < n:
         stays = 1
@@ -155,8 +163,7 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
         while stays < cfg.turns and rng.random() < 0.5:
             stays += 1
         turns.append(min(stays, n - sum(turns)))
-    sampler = Sampler(policy, run.tok.end_of_turn)
-    exchanges = converse(run, f"{kind} {split}", [sampler, sampler], [kind] * len(turns), turns,
+    exchanges = converse(run, f"{kind} {split}", players, [kind] * len(turns), turns,
                          split.startswith("test"), cfg.max_response, cfg.noise)
     counts, kept = Counter(read=len(exchanges)), []
     for exchange in exchanges:
@@ -172,6 +179,31 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
                         "more --lm.documents (in a new --out), or longer replies "
                         "(--pm.max-response)")
     return kept
+
+
+class BestOf:
+    """A player whose reply is the best of n by the PM: rejection sampling (§2.3, App. B.6)."""
+
+    def __init__(self, run: Run, policy: GPT, pm: ScalarModel, n: int, name: str):
+        """name: seeds all samples but the first of each n."""
+        self.sampler = Sampler(policy, run.tok.end_of_turn)
+        self.pm, self.n, self.end_of_context = pm, n, run.tok.end_of_context
+        self.generator = run.torch_rng("best of", name)
+
+    def __call__(self, prompts: list[list[int]], uniforms) -> Rollouts:
+        """One response to each of N prompts. uniforms (N, R): of the first of its n samples."""
+        N, R = uniforms.shape
+        others = torch.rand(N, self.n - 1, R, generator=self.generator)
+        uniforms = torch.cat([uniforms[:, None], others], 1).flatten(0, 1)        # (N n, R)
+        copies = []
+        for prompt in prompts:
+            copies += [prompt] * self.n
+        ro = self.sampler(copies, uniforms)
+        scores = pm_scores(self.pm, ro, self.end_of_context, PPOConfig())         # (N n,)
+        best = scores.view(N, self.n).argmax(1)                                   # (N,)
+        i = best + self.n * torch.arange(N, device=scores.device)                 # (N,)
+        return Rollouts(ro.tokens[i], ro.prompt_len[i], ro.response_len[i], ro.finished[i],
+                        ro.logp[i])
 
 
 # ---- 3. Measuring ------------------------------------------------------------
@@ -193,12 +225,13 @@ def rates_by_turn(run: Run, policy: GPT, n: int, max_response: int,
     return rows
 
 
-def match(run: Run, a: GPT, b: GPT, kind: str, n: int, max_response: int = 32):
+def match(run: Run, a: GPT, b: GPT, kind: str, n: int, max_response: int = 32,
+          name: str = "match"):
     """n held-out conversations in which two models answer side by side at each turn (App. B.5)
-    -> wins (2, 2) for measures.fit_elo: [0, 1] counts a's replies that were judged better than b's.
-    Equal replies count for neither."""
+    -> wins (2, 2) for ratings.fit_elo: [0, 1] counts a's replies that were judged better than b's.
+    Equal replies count for neither. The same people come to matches of the same `name`."""
     players = [Sampler(model, run.tok.end_of_turn) for model in (a, b)]
-    exchanges = converse(run, f"match {kind}", players, [kind] * n, [MAX_TURNS] * n, held_out=True,
+    exchanges = converse(run, f"{name} {kind}", players, [kind] * n, [MAX_TURNS] * n, held_out=True,
                          max_response=max_response)
     wins = torch.zeros(2, 2)
     for exchange in exchanges:

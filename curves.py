@@ -369,6 +369,9 @@ def curves(runs: list) -> str:
 # ---- 6. Hero -----------------------------------------------------------------
 
 HERO_TEXT = 64  # characters of a line, at most
+PICTURE_STYLE = """text{font:11px system-ui,sans-serif;fill:#808080}.title{font-weight:600}
+.end{text-anchor:end}.mid{text-anchor:middle}.grid{stroke:#808080;opacity:.3}
+path{fill:none;stroke-width:1.8}.c0{stroke:#d9822b}.c1{stroke:#2a7fba}.d1{stroke-dasharray:6 3}"""
 HERO_STYLE = """text{font:11px system-ui,sans-serif;fill:#808080}.title,.who{font-weight:600}
 .say{font-size:9.5px}
 .end{text-anchor:end}.mid{text-anchor:middle}.grid{stroke:#808080;opacity:.3}
@@ -388,6 +391,13 @@ def score_and_truth(runs: list) -> str:
                 lines.append(Line(name, points, color=n, dash=n, dots=True))
     return chart("Score and truth, as the policy moves away", lines,
                  x_title="\u221aKL from the initial policy (KL in nats)")
+
+
+def picture(svg: str) -> str:
+    """A chart of lines that can stand alone in a file."""
+    svg = svg or f'<svg viewBox="0 0 {W} {H}"></svg>'
+    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="640" ', 1)
+    return svg.replace("</svg>", f"<style>{PICTURE_STYLE}</style></svg>")
 
 
 def hero(run) -> str:

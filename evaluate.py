@@ -43,14 +43,15 @@ class PromptBatch:
 
 
 class Prompts:
-    """Where prompts come from: comparisons without their replies (§4.1; HH also let a model write
-    more prompts, which is left out here). The toy world draws new ones for evaluation, and for a
+    """Where prompts come from: comparisons without their replies and, if `written` is set, prompts
+    that a model wrote (§4.1; prompts.py). The toy world draws new ones for evaluation, and for a
     kind without comparisons."""
 
     def __init__(self, run: Run, max_response: int, harmless_share: float):
         self.run, self.harmless_share = run, harmless_share
         self.room = run.context - max_response - 1  # 1: the PM appends one token
         self.real, self.toy = {}, {}
+        self.written, self.written_share = {}, 0.0  # kind -> prompts; how often one is drawn
         if run.toy:
             for kind in ("helpful", "harmless"):
                 self.toy[kind] = self.load_toy(kind)
@@ -59,12 +60,11 @@ class Prompts:
                 self.real[split] = self.load_real(split)
 
     def load_toy(self, kind: str) -> list[str]:
-        """The prompts of the train comparisons that stage 4 collected: with their histories, which
-        hold the initial policy's own mistakes. A prompt occurs as often as it was compared."""
-        path = self.run.path("comparisons") / f"{kind}-base" / "train.jsonl"
-        if not path.exists():
-            return []
-        texts = [comparison.prompt for comparison in read_comparisons(path, kind)[0]]
+        """The prompts of the train comparisons that were collected: with their histories, which
+        hold the policy's own mistakes. A prompt occurs as often as it was compared."""
+        texts = []
+        for path in sorted(self.run.path("comparisons").glob(f"{kind}-*/train.jsonl")):
+            texts += [comparison.prompt for comparison in read_comparisons(path, kind)[0]]
         return [text for text in texts if len(self.run.tok.encode_dialogue(text)) <= self.room]
 
     def load_real(self, split: str) -> list[tuple[str, str]]:
@@ -77,6 +77,12 @@ class Prompts:
         print(f"    {len(distinct):,} {split} prompts; {n_cut:,} exceed {self.room} tokens and "
               "lose their beginning")
         return distinct
+
+    def texts_of(self, kind: str, split: str) -> list[str]:
+        """The distinct prompts of one kind; the toy world keeps no list of its test prompts."""
+        if self.run.toy:
+            return list(dict.fromkeys(self.toy[kind])) if split == "train" else []
+        return [text for text, of_kind in self.real[split] if of_kind == kind]
 
     def draw(self, n: int, *name, held_out: bool,
              harmless_share: float | None = None) -> PromptBatch:
@@ -97,6 +103,10 @@ class Prompts:
             for text, kind in rng.choices(self.real["test" if held_out else "train"], k=n):
                 batch.texts.append(text)
                 batch.kinds.append(kind)
+        if self.written_share and not held_out:
+            for i, kind in enumerate(batch.kinds):
+                if kind in self.written and rng.random() < self.written_share:
+                    batch.texts[i] = rng.choice(self.written[kind])
         for text in batch.texts:
             ids = self.run.tok.encode_dialogue(text)
             if not self.run.toy:

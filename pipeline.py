@@ -76,9 +76,12 @@ RULES = {
     "may_be_zero": ("seed", "context", "warmup", "weight_decay", "kl_coef", "gamma", "gae_lambda",
                     "unfinished_penalty", "helpful", "harmless", "harmless_share",
                     "harmless_weight", "slots", "token_budget", "cd.documents", "pmp.pairs",
-                    "pm.comparisons", "dropout", "pretraining", "ptx_coef", "ema"),
-    "at_most_one": ("gamma", "gae_lambda", "harmless_share", "dropout", "pretraining", "ema"),
-    "aliases": {"pm.people": "--comparisons"},
+                    "pm.comparisons", "dropout", "pretraining", "ptx_coef", "ema", "model_prompts"),
+    "at_most_one": ("gamma", "gae_lambda", "harmless_share", "dropout", "pretraining", "ema",
+                    "model_prompts"),
+    "aliases": {"pm.people": "--comparisons", "rl.model_prompts": "--model-prompts",
+                "online.rounds": "--rounds", "online.people": "--people",
+                "online.wanted": "--wanted"},
 }
 
 # For the full HH-RLHF data, GPT-2 and one GPU. The rates are the paper's multiples (context
@@ -99,7 +102,8 @@ PRESETS = {
     "tiny": {"lm.documents": 3000, "cd.documents": 200, "pmp.pairs": 300, "pm.helpful": 600,
              "pm.harmless": 300, "pm.test": 200, "rl.iterations": 10, "rl.batch": 64,
              "rl.minibatch": 32, "rl.eval_every": 5, "rl.eval_prompts": 96,
-             "rl.eval_conversations": 30},
+             "rl.eval_conversations": 30, "online.helpful": 200, "online.harmless": 60,
+             "online.test": 60, "online.best_of": 4, "elo.conversations": 30},
     "gpt2-hh": _HH_RLHF_DATA | {"run.init": "gpt2", "cd.lr": 3e-5, "pmp.lr": 6e-5, "pm.lr": 6e-6,
                       "rl.lr": 6e-6},
     "gpt2-medium-hh": _HH_RLHF_DATA | {"run.init": "gpt2-medium", "cd.lr": 1.5e-5, "pmp.lr": 3e-5,

@@ -94,8 +94,9 @@ class Folder:
         stage.read_state()
         return stage
 
-    def reuse(self, name: str, cfg) -> bool:
-        """Return whether an earlier stage's result can be used; print what was decided."""
+    def reuse(self, name: str, cfg, data: Sequence[str] = ()) -> bool:
+        """Return whether an earlier stage's result can be used; print what was decided.
+        data: files that the stage read besides its parents, if they must be the same ones."""
         self.check_options()
         result_name, _ = self.pipeline[name]
         # No parents: `check_parents` hashes them if the result is used.
@@ -106,7 +107,11 @@ class Folder:
         if not stage.result.exists():
             print(f"{stage.result} is missing; its stage runs first")
             return False
-        self.check_parents(result_name, load(stage.result))
+        saved = load(stage.result)
+        self.check_parents(result_name, saved)
+        if data and saved.get("data") != file_hash(data):
+            raise UserError(f"{stage.result} was not trained from the present {_join(data)}; "
+                            "delete it to train a new one")
         print(f"{stage.result} is there and used as it is" + stage.ignored_note())
         return True
 

@@ -24,6 +24,7 @@ Papers: HH = Bai et al. 2022 (arXiv 2204.05862), and every § or App. without a 
 """
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Sequence
 
 from run import (  # before torch: Ctrl-C prints no traceback
     UserError, autocast, check_finite, progress, tokens_at_once)
@@ -88,12 +89,15 @@ def sample_missing(run: Run, cfg: PMConfig, split: str):
     ranks.wait()  # until the files are there
 
 
-def comparisons(run: Run, cfg: PMConfig, split: str) -> list[Comparison]:
-    """The comparisons of one split, "train" or "test"; people's choices are not among them."""
+def comparisons(run: Run, cfg: PMConfig, split: str,
+                is_collected: bool = False) -> list[Comparison]:
+    """The comparisons of one split, "train" or "test"; people's choices are not among them.
+    is_collected: whether the toy's comparisons are all there, and none is to be sampled."""
     if run.toy and cfg.helpful + cfg.harmless == 0:
         return []  # people's choices alone
     if run.toy:
-        sample_missing(run, cfg, split)
+        if not is_collected:
+            sample_missing(run, cfg, split)
         return load_comparisons(run.path("comparisons"), split)[0]
     found, counts = load_comparisons(run.data, split, run.subsets)
     print_counts(counts, split)
@@ -275,21 +279,25 @@ def margins(run: Run, cfg, pm: ScalarModel, pairs: EncodedPairs):
 # ---- 4. PM -------------------------------------------------------------------
 
 
-def train(run: Run, cfg: PMConfig):
-    """Train the PM. Reads initial.pt and pmp.pt, writes pm.pt."""
-    stage = run.begin("pm", cfg, data=cfg.people)
+def train(run: Run, cfg: PMConfig, is_collected: bool = False, data: Sequence[str] = ()):
+    """Train the PM. Reads initial.pt and pmp.pt, writes pm.pt. is_collected: see `comparisons`.
+    data: files, besides people's choices, from which the comparisons come."""
+    stage = run.begin("pm", cfg, data=[*cfg.people, *data])
     if stage is None:
         return
     pm = run.prepare(run.load_model("pmp.pt"))
-    if run.toy:
+    if run.toy and not is_collected:
         stage.record()  # before the comparisons are sampled: from here on the old PM is stale
         if stage.state is None:
             delete_comparisons(run)
     source = "replies of the initial policy, labeled by crowdworkers" if run.toy else run.cfg.data
+    if is_collected:
+        source = "the comparisons of all rounds so far"
     print(f"[4] preference model: {source}")
     people_train, people_test = people_comparisons(cfg.people)
-    pairs = encode(run, comparisons(run, cfg, "train") + people_train)
-    test_pairs, people_pairs = encode(run, comparisons(run, cfg, "test")), encode(run, people_test)
+    pairs = encode(run, comparisons(run, cfg, "train", is_collected) + people_train)
+    test_pairs = encode(run, comparisons(run, cfg, "test", is_collected))
+    people_pairs = encode(run, people_test)
     weights = torch.ones(len(pairs.chosen))
     for j, comparison in enumerate(pairs.comparisons):
         if comparison.kind == "harmless":  # red-team pairs weigh lambda (§5.1.2)

@@ -38,6 +38,7 @@ from pipeline import Run, RunConfig, main
 from pm import ScalarModel
 from ppo import (Experience, PPOConfig, all_logprobs, all_values, gae, pm_scores, shaped_rewards,
                  update, whiten)
+from prompts import write as write_prompts
 from rankings import RMConfig
 from record import Recorder
 from rollout import Sampler
@@ -53,6 +54,8 @@ class RLConfig(PPOConfig):
     eval_prompts: int = 512       # toy: helpful held-out prompts, and half as many red-team ones
     eval_conversations: int = 300  # toy: whole held-out conversations, measured by turn at the end
     save_every: int = 5           # iterations between checkpoints
+    model_prompts: float = 0.0    # share of prompts that the LM writes (HH 369k of 506k, §4.1)
+    written: int = 1000           # prompts of each kind that it writes for this
 
 
 # ---- 1. Learner --------------------------------------------------------------
@@ -140,14 +143,17 @@ class Learner:
 # ---- 2. Training -------------------------------------------------------------
 
 
-def train(run: Run, cfg: RLConfig):
-    """Run RLHF. Reads initial.pt and pm.pt, writes policy.pt and samples.txt."""
+def train(run: Run, cfg: RLConfig, watch=None):
+    """Run RLHF. Reads initial.pt and pm.pt, writes policy.pt and samples.txt. `watch(n, policy)` is
+    called after each iteration, with the number of updates."""
     stage = run.begin("rl", cfg)
     if stage is None:
         return
     reference, pm = run.load_model("initial.pt"), run.load_model("pm.pt")
     learner = Learner(run, cfg, reference, pm)
     prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
+    if cfg.model_prompts > 0:
+        add_written(run, cfg, prompts)
     held_out = prompts.held_out(cfg.eval_prompts)
     before, replies_before = evaluate(run, cfg, reference, reference, pm, held_out)
     parts = {"policy": learner.policy, "critic": learner.critic, "optimizer": learner.optimizer}
@@ -174,6 +180,8 @@ def train(run: Run, cfg: RLConfig):
         if recorder.is_due(n_updates):
             stage.log_record(n_updates, **recorder.content(n_updates, learner.result,
                                                            learner.critic))
+        if watch is not None:
+            watch(n_updates, learner.policy)
 
     after, replies_after = evaluate(run, cfg, learner.result, reference, pm, held_out)
     # A line of its own: the policy is that of line cfg.iterations, with no further update.
@@ -190,6 +198,15 @@ def train(run: Run, cfg: RLConfig):
                                        cfg.temperature))
         print(f"\n{turn_table(*turns)}")
     stage.end(**run.checkpoint(learner.result))
+
+
+def add_written(run: Run, cfg: RLConfig, prompts: Prompts):
+    """Let the LM write prompts, of each kind of which there are some to show it."""
+    lm = run.load_model("lm.pt")
+    for kind in ("helpful", "harmless"):
+        if prompts.texts_of(kind, "train"):
+            prompts.written[kind] = write_prompts(run, lm, prompts, kind, cfg.written)
+    prompts.written_share = cfg.model_prompts
 
 
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl: RLConfig,

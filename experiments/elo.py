@@ -1,169 +1,267 @@
-"""Figs 1 and 36: the Elo by crowdworkers of context distillation, best of n and RLHF.
+"""Figs 1 and 35: Elo by crowdworkers of context distillation, best of n, static and online RLHF.
 
     python experiments/elo.py                # 1 seed; minutes on two CPU cores
-    python experiments/elo.py --full         # 3 seeds
+    python experiments/elo.py --full         # 4 seeds
 
-The paper's claim (Fig. 1): crowdworkers prefer RLHF to context distillation; for helpfulness alone
-they prefer helpful-only RLHF, which is less harmless. Six players answer held-out prompts: the LM,
-the LM behind the HHH prompt (ours), the initial policy (context-distilled), the best of 16 of its
-replies by the PM, RLHF against that PM, and helpful-only RLHF, whose PM and prompts are helpful
-ones only. Crowdworkers choose the more helpful of two replies to a helpful prompt and the less
-harmful of two to a red-team prompt; each kind gives an Elo of its own, 0 for the initial policy.
+The paper's claim (Fig. 1): crowdworkers prefer RLHF to context distillation, and online RLHF to
+static RLHF; for helpfulness alone they prefer helpful-only RLHF, which is less harmless. The
+players are policies of a whole run (`lab.trained`), and two that are trained here:
+  RLHF               the main job's policy. Its comparisons are all about replies of the initial
+                     policy, hence "static"
+  online RLHF        the same with as many helpful comparisons on the same prompts: a third as they
+                     were; a third about replies that were the best of 4 by a PM of the first
+                     (rejection sampling; HH up to 16); a third about replies of snapshots of RLHF
+                     against a PM of both. The red-team comparisons are static, as in HH (§2.3)
+  helpful-only RLHF  the PM and the prompts are helpful ones only
 
-By Eq. 2.1 one unit of PM score is worth 174 Elo. Does it foretell the crowdworkers' Elo? Four
-numbers stand side by side:
-  mean_pm      174 times the mean PM score
-  pm_choices   Elo from the PM's win probabilities, sigmoids averaged over all pairs of players on
-               all prompts. Fig. 35 takes the PM's discrete choices on the crowdworkers' own
-               dialogues; our crowdworkers judge pairs that are drawn by lot
-  mean_truth   174 times the mean of the utility by which crowdworkers choose (ours)
-  crowd        Elo by the crowdworkers, with its error
-The first and third are means of scores; the others come from choices, which saturate: a reply
-better by 4 logits wins hardly more often than one better by 2. HH (App. B.4) find no significant
-difference between scores and rankings.
-The verdict's threshold is 2 standard errors of a difference in Elo: RLHF above the initial policy
-on both kinds of prompts, helpful-only RLHF below RLHF on red-team prompts, and, on helpful prompts,
-RLHF not above helpful-only RLHF. The last is passed, too, if no difference is detected.
+1. Conversations (App. B.5): two policies answer side by side at each turn, crowdworkers choose, and
+   the dialogue goes on from the choice. Each kind of prompts gives an Elo of its own. The verdict
+   has one number for each seed. RLHF is above the initial policy on both kinds; helpful-only RLHF
+   is below RLHF on red-team prompts, and on helpful prompts at most 35 Elo below it (a win rate of
+   45%). A finding of its own: on helpful prompts online RLHF is above RLHF. The control is RLHF
+   itself: it had as many comparisons on the same prompts, and none of them online.
+2. Scores and rankings (App. B.4, Fig. 35). By Eq. 2.1 one unit of PM score is worth 174 Elo. Does
+   it foretell the crowdworkers' Elo? Single replies of these players, the LM with and without the
+   HHH prompt, and the best of 16 replies of the initial policy, in pairs drawn by lot:
+     mean_pm      174 times the mean PM score, less the initial policy's
+     pm_choices   Elo from the PM's choices on the crowdworkers' pairs
+     mean_truth   174 times the mean of the utility by which crowdworkers choose (ours)
+     crowd        Elo by the crowdworkers, with its error
+   The first and third are means of scores; the others come from choices, which saturate: a reply
+   better by 4 logits wins hardly more often than one better by 2. HH find no significant
+   difference between scores and rankings.
 """
+import copy
 import dataclasses
 
 import lab
 import output
 import torch
+from decide import Claim, sentence
 
 import toy
 import toy_corpus
+from collect import MAX_TURNS, converse
+from data import read_comparisons
 from measures import ELO, elo_error, fit_elo, line_fit
-from pm import score_rows
+from rollout import Sampler
+from train_pm import PMConfig
 from train_rl import RLConfig
 
-BASE, BEST, RLHF, HELPFUL = "context-distilled", "best of 16", "RLHF", "helpful-only RLHF"
+BASE, BEST, RLHF = "context-distilled", "best of 16", "RLHF"
+ONLINE, HELPFUL = "online RLHF", "helpful-only RLHF"
+MARGIN = 35  # Elo; a win rate of 45%
+
+# ---- 1. Players --------------------------------------------------------------
 
 
-def pm_score(run, pm, prompts: list[str], replies: list[str]):
+def compare_again(run, pairs, name: str, *speakers) -> list:
+    """The prompts of `pairs` with new replies, each of two speakers drawn by lot, and new choices.
+    Where both replies are the same there is none. A speaker maps prompts and a name to replies."""
+    rng, prompts, said = run.rng("elo", name), [pair.prompt for pair in pairs], []
+    for i, speak in enumerate(speakers):
+        said.append(speak(prompts, f"{name} {i}"))
+    labeled = []
+    for prompt, replies in zip(prompts, zip(*said)):
+        a, b = rng.sample(replies, 2)
+        if a != b and a.strip() and b.strip():
+            labeled.append(toy.label(prompt, a, b, "helpful", rng))
+    return labeled
+
+
+def train_players(run, cfg: RLConfig, early: RLConfig) -> tuple:
+    """-> the main job's PM, and {player: policy}. early: options of the RLHF whose snapshots are
+    compared."""
+    initial, pm, pmp = lab.load(run), run.load_model("pm.pt"), run.load_model("pmp.pt")
+    static = {}
+    for kind in lab.KINDS:
+        path = run.path("comparisons") / f"{kind}-base" / "train.jsonl"
+        static[kind], _ = read_comparisons(path, kind)
+
+    def fit(pairs):
+        return lab.train_pm_on(run, pairs, PMConfig().harmless_weight, start=pmp)
+
+    def speaker(policy):
+        return lambda prompts, name: lab.sample(run, policy, prompts, name)
+
+    n = len(static["helpful"]) // 3
+    base, second, third = (static["helpful"][start:][:n] for start in (0, n, 2 * n))
+    base_pm = fit(base)
+
+    def best(prompts, name):
+        return lab.best_of(run, initial, base_pm, prompts, 4, name)
+
+    data = static["harmless"] + base + compare_again(run, second, "rejection sampling", best, best)
+    snapshots = []
+    lab.ppo(run, fit(data), early, initial,
+            watch=lambda learner: snapshots.append(copy.deepcopy(learner.policy)))
+    data += compare_again(run, third, "online", *map(speaker, snapshots[1:]))
+    print(f"    {len(data) - len(static['harmless']):,} helpful comparisons for online RLHF, "
+          f"{len(static['helpful']):,} for RLHF")
+    online, _ = lab.ppo(run, fit(data), cfg, initial)
+    only, _ = lab.ppo(run, fit(static["helpful"]), dataclasses.replace(cfg, harmless_share=0.0),
+                      initial)
+    return pm, {BASE: initial, RLHF: run.load_model("policy.pt"), ONLINE: online.policy,
+                HELPFUL: only.policy}
+
+
+# ---- 2. Conversations --------------------------------------------------------
+
+
+def match(run, kind: str, n: int, policies: list) -> tuple[int, int]:
+    """How many choices each of two policies won in n held-out conversations."""
+    players = [Sampler(policy, run.tok.end_of_turn) for policy in policies]
+    exchanges = converse(run, f"elo {kind}", players, [kind] * n, [MAX_TURNS] * n, held_out=True,
+                         max_response=RLConfig().max_response)
+    choices = [exchange for exchange in exchanges if exchange.comparison is not None]
+    first = sum(choice.comparison.chosen == choice.replies[0].text for choice in choices)
+    return first, len(choices) - first
+
+
+def conversations(run, kind: str, n: int, players: dict) -> list[dict]:
+    """A row for each player: its Elo by conversations with each other player."""
+    names, policies = list(players), list(players.values())
+    # Half a win each way: someone who never lost would have no finite Elo.
+    wins = 0.5 * torch.ones(len(names), len(names))
+    for i in range(len(names)):
+        for j in range(i + 1, len(names)):
+            won, lost = match(run, kind, n, [policies[i], policies[j]])
+            wins[i, j] += won
+            wins[j, i] += lost
+    elo, covariance = fit_elo(wins)
     rows = []
-    for prompt, reply in zip(prompts, replies):
-        ids = run.tok.encode_dialogue(prompt) + run.tok.encode_reply(reply)
-        rows.append(ids + [run.tok.end_of_context])
-    return score_rows(pm, rows, device=run.device)
+    for i, name in enumerate(names):
+        rows.append({"seed": run.seed, "part": "conversations", "kind": kind, "player": name,
+                     "crowd": elo[i].item(), "error": elo_error(covariance, 0, i)})
+    return rows
 
 
-def pm_elo(scores):
-    """Elo from the PM's win probabilities, averaged over prompts; scores (players, prompts)."""
-    return fit_elo(torch.sigmoid(scores[:, None] - scores[None]).mean(-1))[0]
+# ---- 3. Scores and rankings --------------------------------------------------
 
 
-def train_players(run, n: int, cfg):
-    """-> the PM, the RLHF policy, the helpful-only RLHF policy."""
-    initial, helpful = lab.load(run), lab.comparisons(run, n)
-    harmless = lab.comparisons(run, n // 2, "harmless")
-    test = lab.comparisons(run, 300, "helpful", "test")
-    test += lab.comparisons(run, 300, "harmless", "test")
-    pm = lab.center(run, lab.train_pm_on(run, helpful + harmless), test)
-    helpful_pm = lab.center(run, lab.train_pm_on(run, helpful), test)
-    rlhf, _ = lab.ppo(run, pm, cfg, initial)
-    helpful_cfg = dataclasses.replace(cfg, harmless_share=0.0)
-    helpful_only, _ = lab.ppo(run, helpful_pm, helpful_cfg, initial)
-    return pm, rlhf.policy, helpful_only.policy
+def pm_elo(run, kind: str, scores):
+    """Elo (players,) by the PM's choices on the crowdworkers' pairs; scores (players, prompts)."""
+    players, n = scores.shape
+    wins = 0.5 * torch.ones(players, players)  # as in `conversations`
+    for k, i, j, _ in lab.pairs_by_lot(run, kind, n, players):
+        winner, loser = (i, j) if scores[i, k] > scores[j, k] else (j, i)
+        wins[winner, loser] += 1
+    return fit_elo(wins)[0]
 
 
-def play(run, kind: str, n: int, pm, rlhf, helpful_only) -> tuple[list[dict], torch.Tensor]:
-    """All players on n prompts -> a row for each player, and the covariance of the Elo."""
-    lm, initial, rng = lab.load(run, "lm.pt"), lab.load(run), run.rng("matches", kind)
+def single_replies(run, kind: str, n: int, pm, players: dict) -> list[dict]:
+    """Single replies of all players to n prompts -> a row for each player."""
+    rng, replies = run.rng("matches", kind), {}
     prompts = [toy_corpus.draw_prompt(rng, kind, held_out=True) for _ in range(n)]
-    replies = {  # each player has random numbers of its own
-        BASE: lab.sample(run, initial, prompts, "initial"),
-        "LM": lab.sample(run, lm, prompts, "LM"),
-        "LM, prompted": lab.sample(run, lm, prompts, "prompted", toy_corpus.HHH_HEADER),
-        BEST: lab.best_of(run, initial, pm, prompts),
-        RLHF: lab.sample(run, rlhf, prompts, "RLHF"),
-        HELPFUL: lab.sample(run, helpful_only, prompts, "helpful-only")}
+    for name, policy in players.items():  # each player has random numbers of its own
+        replies[name] = lab.sample(run, policy, prompts, name)
+    lm = lab.load(run, "lm.pt")
+    replies["LM"] = lab.sample(run, lm, prompts, "LM")
+    replies["LM, prompted"] = lab.sample(run, lm, prompts, "prompted", toy_corpus.HHH_HEADER)
+    replies[BEST] = lab.best_of(run, players[BASE], pm, prompts)
     elo, covariance = lab.crowd_elo(run, prompts, kind, replies)
     scores, truths = [], []
     for texts in replies.values():
-        scores.append(pm_score(run, pm, prompts, texts))
+        scores.append(lab.score_replies(run, pm, prompts, texts))
         truths.append(torch.tensor([toy.truth(p, r, kind) for p, r in zip(prompts, texts)]))
     scores, truths = torch.stack(scores), torch.stack(truths)  # (players, prompts) each
     mean_pm = ELO * (scores.mean(1) - scores.mean(1)[0])       # (players,)
     mean_truth = ELO * (truths.mean(1) - truths.mean(1)[0])    # (players,)
-    pm_choices, rows = pm_elo(scores), []
-    for i, player in enumerate(replies):
-        rows.append({"seed": run.seed, "kind": kind, "player": player, "mean_pm": mean_pm[i].item(),
-                     "pm_choices": pm_choices[i].item(), "mean_truth": mean_truth[i].item(),
-                     "crowd": elo[player], "error": elo_error(covariance, 0, i)})
-    return rows, covariance
+    pm_choices, rows = pm_elo(run, kind, scores), []
+    for i, name in enumerate(replies):
+        rows.append({"seed": run.seed, "part": "single replies", "kind": kind, "player": name,
+                     "mean_pm": mean_pm[i].item(), "pm_choices": pm_choices[i].item(),
+                     "mean_truth": mean_truth[i].item(), "crowd": elo[name],
+                     "error": elo_error(covariance, 0, i)})
+    return rows
 
 
-def lead(rows: list[dict], covariance, a: str, b: str) -> float:
-    """By how many standard errors player a's Elo is above player b's, on one kind of prompts."""
-    players, elo = output.column(rows, "player"), output.column(rows, "crowd")
-    i, j = players.index(a), players.index(b)
-    return (elo[i] - elo[j]) / elo_error(covariance, i, j)
+# ---- 4. The finding ----------------------------------------------------------
 
 
 def draw(plt, rows):
-    for kind, style, label in (("helpful", "o", "helpful prompts"),
-                               ("harmless", "s", "red-team prompts")):
-        mine = output.select(rows, kind=kind)
+    plt.gcf().set_size_inches(10, 4)
+    plt.subplot(121)
+    talks = output.select(rows, part="conversations")
+    names = list(dict.fromkeys(output.column(talks, "player")))
+    for kind, style in (("helpful", "o-"), ("harmless", "s--")):
+        for seed in dict.fromkeys(output.column(talks, "seed")):
+            mine = output.select(talks, kind=kind, seed=seed)
+            plt.errorbar(range(len(names)), output.column(mine, "crowd"),
+                         output.column(mine, "error"), fmt=style, capsize=3,
+                         color="C0" if kind == "helpful" else "C3")
+    plt.xticks(range(len(names)), names, fontsize=7)
+    plt.ylabel("Elo in conversations (squares: red-teaming)")
+    plt.subplot(122)
+    for kind, style in (("helpful", "o"), ("harmless", "s")):
+        mine = output.select(rows, part="single replies", kind=kind)
         x = [row["mean_pm"] / ELO for row in mine]
         plt.errorbar(x, output.column(mine, "crowd"), output.column(mine, "error"), fmt=style,
-                     capsize=3, label=label)
+                     capsize=3, label=kind)
         for row in output.select(mine, seed=rows[0]["seed"]):
-            plt.annotate(row["player"], (row["mean_pm"] / ELO, row["crowd"]), fontsize=7,
+            plt.annotate(row["player"], (row["mean_pm"] / ELO, row["crowd"]), fontsize=6,
                          xytext=(4, -3), textcoords="offset points")
-    mean_pm = output.column(rows, "mean_pm")
+    mean_pm = output.column(output.select(rows, part="single replies"), "mean_pm")
     ends = [min(mean_pm), max(mean_pm)]
-    plt.plot([ends[0] / ELO, ends[1] / ELO], ends, "k:", label="Eq. 2.1: 174 a logit")
+    plt.plot([end / ELO for end in ends], ends, "k:", label="Eq. 2.1: 174 a logit")
     plt.xlabel("mean PM score, less the initial policy's (logits)")
-    plt.ylabel("Elo by crowdworkers")
+    plt.ylabel("Elo by crowdworkers, single replies")
     plt.legend()
 
 
-def verdict(leads: list[dict]) -> tuple[str, str]:
-    """leads: for each seed, by how many standard errors RLHF's Elo is above that of the initial
-    policy and of helpful-only RLHF, on each kind of prompts (see `experiment`)."""
-    failed = []
-    for lead_of in leads:
-        conditions = {
-            "RLHF above the initial policy on helpful prompts": lead_of["initial, helpful"] > 2,
-            "RLHF above the initial policy on red-team prompts": lead_of["initial, red-team"] > 2,
-            "helpful-only no worse than RLHF on helpful prompts": lead_of["only, helpful"] < 2,
-            "helpful-only below RLHF on red-team prompts": lead_of["only, red-team"] > 2}
-        for words, holds in conditions.items():
-            if not holds:
-                failed.append(f"{words} (seed {lead_of['seed']})")
-    claim = ("Fig. 1, RLHF above the initial policy, helpful-only RLHF at least as helpful and "
-             "less harmless (threshold: 2 standard errors of the difference)")
-    if failed:
-        return "DOES NOT HOLD", (f"DOES NOT HOLD as stated: {claim}; it fails at: "
-                                 f"{'; '.join(failed)}.")
-    return "HOLDS", f"HOLDS: {claim}, in each of n = {len(leads)} seeds."
+def verdict(rows: list[dict]) -> tuple[str, str]:
+    """The outcome of Fig. 1's claims on RLHF, and the sentences of both findings. rows: of the
+    conversations."""
+    def lead(kind: str, a: str, b: str) -> list[float]:
+        """Player a's Elo less player b's, of each seed."""
+        ours, theirs = (output.select(rows, part="conversations", kind=kind, player=player)
+                        for player in (a, b))
+        return [our["crowd"] - their["crowd"] for our, their in zip(ours, theirs)]
+
+    outcome, words = sentence(
+        "Fig. 1: people prefer RLHF, and helpful-only RLHF is as helpful and less harmless",
+        [Claim("Elo of RLHF above the initial policy, helpful", lead("helpful", RLHF, BASE), 0),
+         Claim("red-team", lead("harmless", RLHF, BASE), above=0),
+         Claim("helpful-only above RLHF, helpful", lead("helpful", HELPFUL, RLHF), above=-MARGIN),
+         Claim("RLHF above helpful-only, red-team", lead("harmless", RLHF, HELPFUL), above=0)])
+    _, online = sentence("with as many comparisons, online is above static RLHF",
+                         [Claim("Elo, helpful", lead("helpful", ONLINE, RLHF), above=0)])
+    return outcome, f"{words} {online}"
+
+
+def one_seed(run, cfg: RLConfig, early: RLConfig, n_talks: int, n_prompts: int) -> list[dict]:
+    pm, players = train_players(run, cfg, early)
+    rows = []
+    for kind in lab.KINDS:
+        rows += conversations(run, kind, n_talks, players)
+        rows += single_replies(run, kind, n_prompts, pm, players)
+    return rows
 
 
 def experiment(args):
-    n, n_matches, n_seeds = 6000, 800, 3 if args.full else 1
-    cfg = RLConfig(iterations=60, eval_every=60)
+    n_talks, n_prompts, n_seeds = 200, 800, 4 if args.full else 1
+    cfg = RLConfig(eval_prompts=64, eval_every=1000)
+    early = dataclasses.replace(cfg, iterations=24, eval_every=8)  # snapshots after 8, 16 and 24
     if args.tiny:
-        n, n_matches = 60, 40
-        cfg = RLConfig(iterations=2, eval_every=2, eval_prompts=16, batch=16, minibatch=8)
-    base, rows, leads = lab.base("toy", 0, args.tiny), [], []
+        n_talks, n_prompts, n_seeds, cfg = 4, 40, 1, lab.TINY_RL
+        early = dataclasses.replace(cfg, eval_every=1)
+    rows = []
     for seed in range(args.seed, args.seed + n_seeds):
-        run, above = lab.replica(base, seed), {"seed": seed}
-        players = train_players(run, n, cfg)
-        for kind, name in (("helpful", "helpful"), ("harmless", "red-team")):
-            mine, covariance = play(run, kind, n_matches, *players)
-            rows += mine
-            above[f"initial, {name}"] = lead(mine, covariance, RLHF, BASE)
-            above[f"only, {name}"] = lead(mine, covariance, RLHF, HELPFUL)
-        leads.append(above)
-    output.table(rows)
-    crowd = output.column(rows, "crowd")
+        run = lab.trained(seed, args.tiny)
+        rows += output.once("elo", args, f"seed-{seed}",
+                            lambda: one_seed(run, cfg, early, n_talks, n_prompts))
+    print(f"Elo in {n_talks} conversations of each pair; errors over choices:")
+    output.table(output.select(rows, part="conversations"))
+    print(f"Elo of single replies to {n_prompts} prompts:")
+    singles = output.select(rows, part="single replies")
+    output.table(singles)
     for name in ("mean_pm", "mean_truth"):
-        slope, _, r2 = line_fit([row[name] / ELO for row in rows], crowd)
+        slope, _, r2 = line_fit([row[name] / ELO for row in singles],
+                                output.column(singles, "crowd"))
         print(f"    crowd Elo against {name} in logits: {slope:.0f} Elo a logit (Eq. 2.1: "
-              f"{ELO:.0f}), R^2 {r2:.2f}, {len(rows)} points")
-    _, sentence = verdict(leads)
-    output.finish("elo", args, rows, lambda plt: draw(plt, rows), sentence)
+              f"{ELO:.0f}), R^2 {r2:.2f}, {len(singles)} points")
+    _, sentences = verdict(rows)
+    output.finish("elo", args, rows, lambda plt: draw(plt, rows), sentences)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Language models and initial policies take minutes to train. So the first script 
 trains it and keeps it in out/experiments; everything else is made anew from a script's seed.
 
 Read it in this order:
-  1. Models                 language models and initial policies of three sizes, kept on disk
+  1. Models                 LMs and initial policies of three sizes, and whole runs, kept on disk
   2. Comparisons and PMs    draw comparisons, train a preference model (PM) on them, score them
   3. Policies               replies, rejection sampling, judging, crowdworkers' Elo, PPO
 
@@ -24,6 +24,7 @@ import model
 import toy
 import train_lm
 import train_pm
+import train_rl
 from collect import collect
 from data import Comparison
 from evaluate import PromptBatch, Prompts, evaluate
@@ -35,7 +36,7 @@ from ppo import pm_scores
 from rollout import rollout
 from stage import Stage
 from train_lm import CDConfig, LMConfig
-from train_pm import PMConfig
+from train_pm import PMConfig, PMPConfig
 from train_rl import Learner, RLConfig
 
 OUT = Path("out/experiments")
@@ -53,6 +54,9 @@ model.SIZES["tiny-small"] = GPTConfig(1, 1, 16, context=192)
 model.SIZES["tiny-toy"] = GPTConfig(2, 2, 32, context=192)
 TINY_LM = LMConfig(documents=1000, vocab=600, warmup=5, lr=2e-2)
 TINY_CD = CDConfig(documents=64)
+TINY_PMP = PMPConfig(pairs=64)
+TINY_PM = PMConfig(helpful=60, harmless=40, test=20)
+TINY_RL = RLConfig(iterations=2, batch=16, minibatch=8, eval_prompts=16, eval_conversations=4)
 
 
 def base(size: str = "toy", seed: int = 0, tiny: bool = False) -> Run:
@@ -66,6 +70,22 @@ def base(size: str = "toy", seed: int = 0, tiny: bool = False) -> Run:
             train_lm.ensure(run, lm, cd)
     else:
         train_lm.ensure(run, lm, cd)
+    return run
+
+
+def trained(seed: int = 0, tiny: bool = False) -> Run:
+    """The folder of `base` with pm.pt and policy.pt as well, as the main job makes them. Missing
+    ones are trained, for minutes. `python train_rl.py --seed 1 --out out/experiments/toy-1`, or a
+    copy of such a run, leaves the same files there."""
+    run = base("toy", seed, tiny)
+    models = (TINY_LM, TINY_CD) if tiny else (LMConfig(), CDConfig())
+    stages = (TINY_PMP, TINY_PM) if tiny else (PMPConfig(), PMConfig())
+    rl = TINY_RL if tiny else RLConfig()
+    is_complete = run.has("pm.pt") and run.has("policy.pt")
+    with silence() if is_complete else contextlib.nullcontext():
+        train_pm.ensure(run, *models, *stages)
+        if not run.reuse("rl", rl):
+            train_rl.train(run, rl)
     return run
 
 
@@ -168,19 +188,44 @@ def sample(run: Run, policy: GPT, prompts: list[str], name: str = "sample",
     return [run.tok.decode(response) for response in responses]
 
 
-def best_of(run: Run, policy: GPT, pm: ScalarModel, prompts: list[str], n: int = 16,
-            name: str = "best of") -> list[str]:
-    """Rejection sampling: of n replies to each prompt, the one that the PM scores highest (App.
-    B.6)."""
+def several(run: Run, policy: GPT, pm: ScalarModel, prompts: list[str], n: int,
+            name: str) -> tuple[list[list[str]], torch.Tensor]:
+    """n replies to each prompt, and the PM's score of each (prompts, n)."""
     ids = []
     for prompt in prompts:
         ids += [run.tok.encode_dialogue(prompt)] * n
     ro = respond(run, policy, ids, name)
     scored = pm_scores(pm, ro, run.tok.end_of_context, RLConfig()).view(-1, n)  # (prompts, n)
-    responses, best = ro.responses(), []
-    for i, j in enumerate(scored.argmax(1).tolist()):
-        best.append(run.tok.decode(responses[i * n + j]))
-    return best
+    replies = [[] for _ in prompts]
+    for i, response in enumerate(ro.responses()):
+        replies[i // n].append(run.tok.decode(response))
+    return replies, scored
+
+
+def best_of(run: Run, policy: GPT, pm: ScalarModel, prompts: list[str], n: int = 16,
+            name: str = "best of") -> list[str]:
+    """Rejection sampling: of n replies to each prompt, the one that the PM scores highest (App.
+    B.6)."""
+    replies, scored = several(run, policy, pm, prompts, n, name)
+    return [mine[j] for mine, j in zip(replies, scored.argmax(1).tolist())]
+
+
+def median_of(run: Run, policy: GPT, pm: ScalarModel, prompts: list[str], n: int,
+              name: str) -> list[str]:
+    """Of n (odd) replies to each prompt, the one that the PM ranks in the middle (§6, n = 17)."""
+    replies, scored = several(run, policy, pm, prompts, n, name)
+    middle = scored.argsort(1)[:, n // 2]  # (prompts,)
+    return [mine[j] for mine, j in zip(replies, middle.tolist())]
+
+
+def score_replies(run: Run, pm: ScalarModel, prompts: list[str],
+                  replies: list[str]) -> torch.Tensor:
+    """The PM's score of one reply to each prompt (prompts,), in logits."""
+    rows = []
+    for prompt, reply in zip(prompts, replies):
+        ids = run.tok.encode_dialogue(prompt) + run.tok.encode_reply(reply)
+        rows.append(ids + [run.tok.end_of_context])
+    return score_rows(pm, rows, device=run.device)
 
 
 def judge(run: Run, policy: GPT, pms: list[ScalarModel], prompts: PromptBatch, replies: int = 1):
@@ -201,35 +246,44 @@ def judge(run: Run, policy: GPT, pms: list[ScalarModel], prompts: PromptBatch, r
     return torch.stack(found).view(len(found), len(prompts.ids), replies)
 
 
+def pairs_by_lot(run: Run, kind: str, n_prompts: int, n_players: int) -> list[tuple]:
+    """Who meets on each prompt: (prompt, player, player, a number in [0, 1) that a choice may use).
+
+    A reply is in one pair at most. The choices are then independent of each other, as the errors of
+    an Elo take them to be."""
+    rng, pairs = run.rng("lab", "crowd", kind), []
+    for k in range(n_prompts):
+        order = rng.sample(range(n_players), n_players)
+        for i, j in zip(order[::2], order[1::2]):
+            pairs.append((k, i, j, rng.random()))
+    return pairs
+
+
 def crowd_elo(run: Run, prompts: list[str], kind: str, replies: dict[str, list[str]]):
     """Elo by crowdworkers (Eq. B.1) -> {player: Elo, 0 for the first}, covariance for
-    measures.elo_error. replies: {player: its reply to each prompt}.
-
-    On each prompt the players are paired by lot, so each reply is judged once at most. The choices
-    are then independent of each other, as the errors take them to be."""
-    rng, players = run.rng("lab", "crowd", kind), list(replies)
+    measures.elo_error. replies: {player: its reply to each prompt}."""
+    players = list(replies)
     wins = torch.zeros(len(players), len(players))
-    for k, prompt in enumerate(prompts):
-        order = rng.sample(range(len(players)), len(players))
-        for i, j in zip(order[::2], order[1::2]):
-            p = toy.preference(prompt, replies[players[i]][k], replies[players[j]][k], kind)
-            winner, loser = (i, j) if rng.random() < p else (j, i)
-            wins[winner, loser] += 1
+    for k, i, j, chance in pairs_by_lot(run, kind, len(prompts), len(players)):
+        p = toy.preference(prompts[k], replies[players[i]][k], replies[players[j]][k], kind)
+        winner, loser = (i, j) if chance < p else (j, i)
+        wins[winner, loser] += 1
     elo, covariance = fit_elo(wins)
     return dict(zip(players, elo.tolist())), covariance
 
 
 def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None,
-        watch=None) -> tuple[Learner, list[dict]]:
+        watch=None, prompts: Prompts | None = None) -> tuple[Learner, list[dict]]:
     """PPO against a PM, from the initial policy, without files -> the learner, and the numbers of
     each measurement.
 
     The policy is measured on held-out prompts before the first iteration, every cfg.eval_every
     iterations and after the last. The numbers are those of evaluate.evaluate, with "iteration" and,
-    over all prompts, "score" and "truth". `watch(learner)` is called after each measurement."""
+    over all prompts, "score" and "truth". `watch(learner)` is called after each measurement.
+    prompts: to learn from; by default those of the run's comparisons (§4.1)."""
     reference = reference or load(run)
     learner = Learner(run, cfg, reference, pm)
-    prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
+    prompts = prompts or Prompts(run, cfg.max_response, cfg.harmless_share)
     held_out = prompts.held_out(cfg.eval_prompts)
     path = []
     for iteration in range(cfg.iterations + 1):

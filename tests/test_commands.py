@@ -29,12 +29,13 @@ import rollout
 import toy
 import toy_corpus
 import train_lm
+import train_online
 import train_pm
 import train_rl
 from conversation import Scorer
 from data import ASSISTANT, HUMAN
 from model import GPT, SIZES, GPTConfig
-from pipeline import PIPELINE, PRESETS, Run, RunConfig, main
+from pipeline import PIPELINE, PRESETS, RULES, Run, RunConfig, main
 from run import UserError, file_hash, flag, load, save
 from stage import Folder, Stage
 from train_lm import CDConfig
@@ -42,9 +43,11 @@ from test_run import (CONFIGS, Killed, broken_checkpoints, content, default_of,
                       die_at_a_new_write)
 
 ROOT = Path(train_rl.__file__).resolve().parent
-# Each command, and how many of the stages it runs.
-SCRIPTS = {"train_lm.py": (train_lm.command, 2), "train_pm.py": (train_pm.command, 4),
-           "train_rl.py": (train_rl.command, 8)}  # the last three are InstructGPT's
+# Each command, and the options that it takes besides --run's.
+OF_LM, OF_PM = ["lm", "cd"], ["lm", "cd", "pmp", "pm"]
+SCRIPTS = {"train_lm.py": (train_lm.command, OF_LM), "train_pm.py": (train_pm.command, OF_PM),
+           "train_rl.py": (train_rl.command, [*OF_PM, "rl", "sft", "rm", "select"]),
+           "train_online.py": (train_online.command, [*OF_PM, "rl", "online", "elo"])}
 RESULTS = {stage: result for stage, (result, _) in PIPELINE.items()}
 LM = "--lm.documents 120 --lm.step-tokens 512 --lm.vocab 500 --lm.warmup 7 --lm.max-grad-norm 0.6"
 CD = "--cd.documents 21 --cd.batch 3 --cd.max-grad-norm 0.01"
@@ -54,7 +57,10 @@ PM = ("--pm.helpful 80 --pm.harmless 70 --pm.test 40 --pm.batch 4 --pm.warmup 4 
 RL = ("--rl.iterations 5 --rl.batch 8 --rl.minibatch 4 --rl.eval-prompts 6 --rl.eval-every 2 "
       "--rl.eval-conversations 3 --rl.save-every 2 --rl.max-response 12 --rl.warmup 3 "
       "--rl.max-grad-norm 0.05 --rl.harmless-share 1")
-OF_STAGES = [LM, CD, PMP, PM, RL]
+ONLINE = ("--rounds 2 --online.helpful 24 --online.harmless 9 --online.test 8 --online.best-of 3 "
+          "--wanted 4")
+OF_STAGES = {"lm": LM, "cd": CD, "pmp": PMP, "pm": PM, "rl": RL, "online": ONLINE,
+             "elo": "--elo.conversations 6"}
 
 # ---- 1. Running a command ----------------------------------------------------
 
@@ -74,12 +80,12 @@ def shrink(patch):
 
 def execute(script: str, *args) -> int:
     """A command -> its exit status. What would end in a traceback is raised."""
-    command, n = SCRIPTS[script]
+    command, prefixes = SCRIPTS[script]
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         patch.setattr(sys, "argv", [script, "--device", "cpu", *map(str, args)])
         try:
-            main(command, "A stage.", **dict(list(CONFIGS.items())[:n + 1]))
+            main(command, "A stage.", **{prefix: CONFIGS[prefix] for prefix in ["run", *prefixes]})
         except SystemExit as end:
             return end.code
     return 0
@@ -87,7 +93,8 @@ def execute(script: str, *args) -> int:
 
 def small(script: str, out: Path) -> list:
     """The options of the tiny run."""
-    return ["--out", out, *" ".join(OF_STAGES[:SCRIPTS[script][1]]).split()]
+    options = [OF_STAGES.get(prefix, "") for prefix in SCRIPTS[script][1]]
+    return ["--out", out, *" ".join(options).split()]
 
 
 Result = namedtuple("Result", "code out err")
@@ -111,7 +118,7 @@ def call_small(call):
 def assert_one_sentence(result: Result, *words):
     assert result.code == 2, result.out[-500:]
     assert len(result.err.strip().splitlines()) == 1, result.err
-    assert re.match(r"train_(lm|pm|rl)\.py: \S", result.err), result.err
+    assert re.match(r"train_(lm|pm|rl|online)\.py: \S", result.err), result.err
     assert all(str(word) in result.err for word in words), result.err
 
 
@@ -822,12 +829,13 @@ def test_help_documents_every_field(capsys, monkeypatch, script):
     assert re.search("^  gpt2-medium-hh: --data .* --recompute$", out, re.M)
     # One entry an option: "--name VALUE   help (default: x)", folded; the folds are taken out.
     entries, expected = dict(re.findall(r"^  (--[\w.-]+)(.*(?:\n {4,}.*)*)", out, re.M)), set()
-    for prefix, config in list(CONFIGS.items())[:SCRIPTS[script][1] + 1]:
+    for prefix in ["run", *SCRIPTS[script][1]]:
+        config = CONFIGS[prefix]
         for field in dataclasses.fields(config):
             name = flag(f"{prefix}.{field.name}")
             words = entries[name].split()
-            if name == "--pm.people":
-                assert words[1:3] == ["--comparisons", "FILE"]
+            if f"{prefix}.{field.name}" in RULES["aliases"]:
+                assert words[1] == RULES["aliases"][f"{prefix}.{field.name}"]
                 words = words[2:]
             text = " ".join(words if field.type is bool else words[1:])
             help_, default = re.fullmatch(r"(.*) \(default: ?(.*)\)", text).groups()

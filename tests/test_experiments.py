@@ -23,9 +23,10 @@ import output
 import toy
 import toy_corpus
 import toy_people
+import train_rl
 from exercises import exercises
 from helpers import flat
-from measures import ELO, elo_error
+from measures import ELO, elo_error, fit_elo
 from pm import score_rows
 from train_rl import RLConfig
 
@@ -39,13 +40,56 @@ FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in
 FIT = {"size": "toy", "slope": 1.0, "R2": 0.99, "R2_in_KL": 0.9}
 SMALL = FIT | {"size": "small", "slope": 1.4}
 END = {"gap": 0.5, "gap_se": 0.1, "fall": 0.5, "fall_se": 0.1}
-LEADS = {"seed": 7, "initial, helpful": 9.0, "initial, red-team": 9.0, "only, helpful": 0.0,
-         "only, red-team": 9.0}
 PMP = {"comparisons": 250, "gain": 0.05, "gain_error": 0.02, "gain_binarized": 0.05,
        "gain_binarized_error": 0.02}
 ECE = {"ECE": 0.02, "+- ECE": 0.001, "bias": 0.012}
 LAST_OF_64 = {"n": 64, "truth": 1.5, "truth_se": 0.1}
-OUTLIERS = ("toy", [0.8, 0.82], [0.9, 0.93])
+GATE = {"gain": 0.1, "rejected 0": 0.9, "lost 0": 0.06, "rejected 10": 0.9, "lost 10": 0.06}
+UNTRAINED = {"rejected 0": 0.2, "rejected 10": 0.3}
+
+
+def seeds(numbers: dict, **changed) -> list[dict]:
+    """Four seeds' numbers, a little apart from each other."""
+    found = []
+    for i in range(4):
+        found.append({name: x + i * 1e-4 for name, x in (numbers | changed).items()})
+    return found
+
+
+def writers(rlhf=0.56, control=0.3, best=0.47, n=4) -> list[dict]:
+    rows = []
+    for policy, writer, rate in (("RLHF", "median writer", rlhf), ("RLHF", "best writer", best),
+                                 ("initial (control)", "median writer", control),
+                                 ("initial (control)", "best writer", 0.9)):
+        for kind, seen in (("helpful", rate), ("harmless", 0.1)):
+            for row in seeds({"win_rate": seen})[:n]:
+                rows.append(row | {"kind": kind, "policy": policy, "against": writer})
+    return rows
+
+
+def elos(rlhf=(80, 80), only=(60, -200), n=4) -> list[dict]:
+    """Four seeds of players' Elo on helpful and red-team prompts, some 20 apart from each other."""
+    rows = []
+    for player, found in (("context-distilled", (0, 0)), ("RLHF", rlhf),
+                          ("online RLHF", (70, 999)), ("helpful-only RLHF", only)):
+        for kind, elo in zip(("helpful", "harmless"), found):
+            for seed in range(n):
+                wobble = (2 * seed - 3) * (1.0 if player == "helpful-only RLHF" else 0.1)
+                rows.append({"part": "conversations", "seed": seed, "player": player, "kind": kind,
+                             "crowd": elo + wobble})
+                rows.append(rows[-1] | {"part": "single replies", "crowd": -999})
+    return rows
+
+
+def arms(written=0.95, mixed=1.05, control=0.4) -> list[dict]:
+    """Four seeds, in which the crowd's prompts gain 2 to 5 nats."""
+    rows = []
+    for seed in range(4):
+        wobble = 1 + 0.0002 * (2 * seed - 3)
+        for arm, share in (("crowd", 1 / wobble), ("written", written), ("mixed", mixed),
+                           ("red-team only", control)):
+            rows.append({"prompts": arm, "gain": (2 + seed) * share * wobble})
+    return rows
 
 
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
@@ -55,7 +99,7 @@ def scaling_fits(r2=0.95, b=0.01, c=0.02):
 
 # Of each script: arguments of `verdict` that hold; then arguments each of which breaks one
 # condition, with the outcome where it is not plain "DOES NOT HOLD"; then what the sentence says.
-NO, PART = "DOES NOT HOLD", "HOLDS IN PART"
+NO, PART, OPEN = "DOES NOT HOLD", "HOLDS IN PART", "NOT DECIDED"
 VERDICTS = {
     "alignment_tax": (
         ([("small", 0.12, 0.01), ("medium", -9.0, 1.0), ("toy", 0.02, 0.01)], 3),
@@ -73,18 +117,29 @@ VERDICTS = {
         [(ECE | {"ECE": 0.031}, ECE, (0.2, 0.05), 0.15), (ECE, ECE, (0.2, 0.11), 0.15)],
         ["ECE is 0.020 +- 0.001", "the mixed PM's are 0.500", "0.200 +- 0.050", "ceiling 0.150"]),
     "elo": (
-        ([LEADS, LEADS | {"only, helpful": -9.0}],),
-        [([LEADS, LEADS | {"initial, helpful": 1.9}],),
-         ([LEADS, LEADS | {"initial, red-team": 1.9}],),
-         ([LEADS, LEADS | {"only, helpful": 2.1}],), ([LEADS, LEADS | {"only, red-team": 1.9}],)],
-        ["in each of n = 2 seeds"]),
+        (elos(),),
+        [(elos(rlhf=(-1, 80)),), (elos(rlhf=(80, -1)),), (elos(only=(20, -200)),),
+         (elos(only=(80, 90)),), (elos(only=(45, -200)), OPEN), (elos(n=3), OPEN)],
+        ["Elo of RLHF above the initial policy, helpful: 80.000 [",
+         "helpful-only above RLHF, helpful: -20.000 [", "threshold above -35",
+         "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
+    "model_prompts": (
+        (arms(),),
+        [(arms(written=0.89),), (arms(written=1.11),), (arms(mixed=0.89),), (arms(mixed=1.11),),
+         (arms(control=0.91),), (arms(written=0.9001), OPEN), (arms()[:12], OPEN)],
+        ["written ones: 0.950 [", "half of each: 1.050 [", "the control: 0.400 ["]),
     "online": (([(110.0, 16.0), (35.0, 17.0)],), [([(110.0, 16.0), (33.0, 17.0)],)],
                ["110 +- 16, 35 +- 17", "n = 2"]),
     "outliers": (
-        ([OUTLIERS, ("small", [0.7, 0.7], [0.9, 0.9])], [5, 4], 6),
-        [([OUTLIERS, ("small", [0.7, 0.7], [0.7, 0.8])], [5, 4], 6),
-         ([("small", [0.7, 0.7], [0.7, 0.8]), OUTLIERS], [5, 4], 6)],
-        ["0.810 and 0.915 (toy, gain 0.105 +- 0.005)", "5 cases of 6", "and in 4 after"]),
+        (seeds(GATE), seeds(UNTRAINED)),
+        [(seeds(GATE, **{"rejected 0": 0.4}), seeds(UNTRAINED)),
+         (seeds(GATE, **{"rejected 10": 0.4}), seeds(UNTRAINED)),
+         (seeds(GATE, **{"lost 0": 0.08}), seeds(UNTRAINED)),
+         (seeds(GATE, **{"lost 10": 0.08}), seeds(UNTRAINED)),
+         (seeds(GATE), seeds(UNTRAINED, **{"rejected 0": 0.6})),
+         (seeds(GATE), seeds(UNTRAINED, **{"rejected 10": 0.6})),
+         (seeds(GATE)[:3], seeds(UNTRAINED)[:3], OPEN)],
+        ["threshold below 0.075", "HOLDS: 10 examples", "gain in AUROC: 0.100 ["]),
     "pm_scaling": (
         (scaling_fits(),),
         [(scaling_fits(r2=0.89),), (scaling_fits(b=-0.01),), (scaling_fits(c=-0.02),)],
@@ -105,6 +160,11 @@ VERDICTS = {
         ((0.33, 0.03), (0.38, 0.02), {"small": 0.1, "toy": 0.05}, 10, 3),
         [((0.41, 0.03), (0.38, 0.02), {}, 10, 3), ((0.33, 0.03), (0.41, 0.02), {}, 10, 3)],
         ["0.330 +- 0.030 of harmless", "0.380 +- 0.020 of helpful", "0.100 (small), 0.050 (toy)"]),
+    "writers": (
+        (writers(best=0.3),),  # the best writer has a sentence of its own
+        [(writers(rlhf=0.49),), (writers(control=0.51),), (writers(rlhf=0.5), OPEN),
+         (writers(n=3), OPEN)],
+        ["win rate of RLHF: 0.560 [", "DOES NOT HOLD: it is nearly as good as the best"]),
 }
 
 
@@ -122,12 +182,9 @@ def test_a_verdict_fails_as_soon_as_one_condition_does(name):
     assert outcome == "HOLDS" and sentence.startswith("HOLDS: ")
     assert [part for part in words if part not in sentence] == []
     for arguments in bad:
-        expected = PART if arguments[-1] == PART else NO
-        outcome, sentence = verdict(*[value for value in arguments if value != PART])
+        expected = arguments[-1] if arguments[-1] in (PART, OPEN) else NO
+        outcome, sentence = verdict(*[value for value in arguments if value not in (PART, OPEN)])
         assert outcome == expected and sentence.startswith(expected), arguments
-    if name == "elo":  # it says what failed, and in which seed
-        _, sentence = verdict([LEADS, LEADS | {"only, red-team": 1.0}])
-        assert sentence.endswith("fails at: helpful-only below RLHF on red-team prompts (seed 7).")
 
 
 # ---- 2. Numbers behind the verdicts ------------------------------------------
@@ -180,19 +237,126 @@ def test_outlier_errors_are_over_splits_and_the_best_detector_is_chosen_per_size
                                  ("small", 0, 1.0, 1.0, 1.0)):
         for split, auroc in zip((0, 0, 1), aurocs):
             rows.append(dict(size=size, token="last", layer=layer, method="exposure", M=10,
-                             split=split, draw=0, auroc=auroc, against_look_alikes=0.5))
+                             split=split, draw=0, auroc=auroc, against_look_alikes=0.5, seed=0,
+                             rejected=0.5, lost=0.0, lost_look_alikes=0.0))
     best = outliers.best(outliers.summarize(rows), "toy", 10)
     assert best["layer"] == 1  # splits' means 0.8 and 0.9: 0.85 +- 0.05
     assert (best["AUROC"], best["+-"], best["look-alikes"]) == pytest.approx((0.85, 0.05, 0.5))
 
 
-def test_elo_leads_are_in_errors_of_the_difference():
+def test_a_gate_by_hand():
+    """Of the scores 0 to 100 that tune it, 95 is the 95% quantile. Scores above it are rejected."""
+    alike = torch.tensor([False, True, False, True])
+    inner, outer = torch.tensor([0.0, 96.0, 95.0, 3.0]), torch.tensor([94.0, 99.0])
+    rates = importlib.import_module("outliers").gate(torch.arange(101.0), inner, outer, alike)
+    assert rates == pytest.approx({"rejected": 0.5, "lost": 0.25, "lost_look_alikes": 0.5})
+
+
+def test_a_seed_of_gates_takes_the_last_block_and_the_detector_for_its_examples():
+    outliers, rows, rejected = importlib.import_module("outliers"), [], 0.0
+    for method, m in (("relative", 0), ("Mahalanobis", 0), ("exposure", 10), ("exposure", 1)):
+        for token in ("mean", "last"):
+            for layer in (0, 1):
+                rejected += 0.01
+                rows.append(dict(size="toy", token=token, layer=layer, method=method, M=m, draw=0,
+                                 seed=0, split=0, rejected=rejected, lost=rejected / 2,
+                                 auroc=rejected, against_look_alikes=0.0, lost_look_alikes=0.0))
+    found = outliers.of_seed(rows + [rows[3] | {"size": "small", "rejected": 9.0}], "toy")
+    # 4 rows of each detector, the last of them for the last token after the last block.
+    assert found == pytest.approx({"gain": 0.12 - 0.08, "rejected 0": 0.04, "lost 0": 0.02,
+                                   "rejected 10": 0.12, "lost 10": 0.06})
+
+
+def test_writers_are_careful_people_and_the_best_and_median_are_picked_by_the_truth(monkeypatch):
+    writers, rng = importlib.import_module("writers"), Random(0)
+    for writer in [writers.hire(rng) for _ in range(50)]:
+        for field in dataclasses.fields(writer):
+            kind, ours = getattr(toy_corpus.KIND, field.name), getattr(writer, field.name)
+            if field.name == "rude":
+                assert ours == kind == 0
+            elif field.name in ("right", "offers", "polite"):
+                assert kind < ours < 1, field.name
+            else:
+                assert 0 < ours < kind, field.name
+    skills = iter([5, 1, 9, 3, 7] + [8, 2] * 6)  # 17: the highest is 9, the ninth 5
+    monkeypatch.setattr(writers, "hire", lambda rng: dataclasses.replace(
+        writers.IDEAL, right=next(skills) / 10))
+    monkeypatch.setattr(writers, "write", lambda writer, prompts, rng: [writer.right])
+    monkeypatch.setattr(writers, "mean_truth", lambda prompts, replies, kind: replies[0])
+    found = writers.choose_writers(SimpleNamespace(rng=lambda *name: Random(1)), 2)
+    assert {name: writer.right for name, writer in found.items()} == {
+        "median writer": 0.5, "best writer": 0.9}
+
+
+def test_a_win_rate_is_that_of_the_policy(monkeypatch):
+    """Our reply is right, theirs evades: 3 nats, so odds of e^3 : 1; the PM says 1 logit."""
+    writers, rng = importlib.import_module("writers"), Random(3)
+    prompts = [toy_corpus.draw_prompt(rng, "helpful", held_out=True) for _ in range(3)]
+    ours = [" " + toy.understand(p).answer + "." for p in prompts]
+    monkeypatch.setattr(lab, "score_replies", lambda run, pm, prompts, replies: torch.tensor(
+        [1.0 if reply in ours else 0.0 for reply in replies]))
+    row = writers.compare(None, None, prompts, ours, [" I do not know."] * 3, "helpful")
+    assert row == pytest.approx({"win_rate": 1 / (1 + math.exp(-3)), "+-": 0, "truth": 3,
+                                 "by_pm": 1 / (1 + math.exp(-1)), "writer_truth": 0})
+
+
+def test_the_pm_chooses_on_the_crowds_own_pairs():
+    """The player with the higher score wins each pair. Crowdworkers judge the same pairs."""
     elo = importlib.import_module("elo")
-    covariance = torch.tensor([[0.0, 0.0], [0.0, 16.0]])
-    rows = [{"player": "A", "crowd": 0.0}, {"player": "B", "crowd": 12.0}]
-    assert elo.lead(rows, covariance, "B", "A") == pytest.approx(3.0)
-    scores = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # one logit apart: 173.7 Elo (Eq. 2.1)
-    assert elo.pm_elo(scores).tolist() == pytest.approx([0.0, ELO], rel=1e-5)
+    run = SimpleNamespace(rng=lambda *name: Random(5))
+    pairs = lab.pairs_by_lot(run, "helpful", 300, 3)
+    assert len(pairs) == len({k for k, *_ in pairs}) == 300  # three players: one pair a prompt
+    scores = torch.zeros(3, 300)
+    scores[1, :225] = 1.0  # on three prompts in four player 1 is the best, else the worst
+    scores[1, 225:] = -1.0
+    scores[2] = 0.5        # player 2 beats player 0 each time
+    games = {(i, j): [k for k, *pair, _ in pairs if sorted(pair) == [i, j]]
+             for i, j in ((0, 1), (0, 2), (1, 2))}
+    wins = 0.5 * torch.ones(3, 3)
+    for (i, j), ks in games.items():
+        for k in ks:
+            winner, loser = (i, j) if scores[i, k] > scores[j, k] else (j, i)
+            wins[winner, loser] += 1
+    assert elo.pm_elo(run, "helpful", scores).tolist() == pytest.approx(fit_elo(wins)[0].tolist())
+    assert wins[1, 0] > 3 * wins[0, 1] / 2 and wins[2, 0] > 50
+
+
+def test_comparisons_are_made_again_on_the_same_prompts():
+    elo, prompt = importlib.import_module("elo"), "\n\nHuman: What is 2 + 1?\n\nAssistant:"
+    pairs = [SimpleNamespace(prompt=prompt)] * 60
+    run = SimpleNamespace(rng=lambda *name: Random(5))
+    good, bad, empty = ((lambda prompts, name, text=text: [text] * len(prompts))
+                        for text in (" 3.", " I do not know.", " "))
+    found = elo.compare_again(run, pairs, "a name", good, bad)
+    assert {pair.prompt for pair in found} == {prompt} and len(found) == 60
+    assert sum(pair.chosen == " 3." for pair in found) > 50  # odds of e^3 : 1
+    assert elo.compare_again(run, pairs, "a name", good, good) == []
+    some = elo.compare_again(run, pairs, "a name", good, bad, empty)  # one pair in three
+    assert 0 < len(some) < 40 and all(pair.rejected.strip() for pair in some)
+
+
+def test_elo_by_conversations_counts_each_players_choices(monkeypatch):
+    elo = importlib.import_module("elo")
+    won = {("a", "b"): (3, 1), ("a", "c"): (2, 4), ("b", "c"): (1, 5)}
+    monkeypatch.setattr(elo, "match", lambda run, kind, n, policies: won[tuple(policies)])
+    rows = elo.conversations(SimpleNamespace(seed=7), "helpful", 4, dict(A="a", B="b", C="c"))
+    wins = torch.tensor([[0, 3.5, 2.5], [1.5, 0, 1.5], [4.5, 5.5, 0]])
+    expected, covariance = fit_elo(wins)
+    assert [row["crowd"] for row in rows] == pytest.approx(expected.tolist())
+    assert rows[2]["error"] == pytest.approx(elo_error(covariance, 0, 2))
+    assert rows[2]["player"] == "C" and rows[2]["crowd"] > 0 > rows[1]["crowd"]
+
+
+def test_a_match_counts_the_choices_for_the_first_of_two_policies(monkeypatch):
+    elo, said = importlib.import_module("elo"), []
+    for chosen in ("a", "b", "a", "a", None):
+        said.append(SimpleNamespace(
+            comparison=chosen and SimpleNamespace(chosen=chosen),
+            replies=[SimpleNamespace(text="a"), SimpleNamespace(text="b")]))
+    monkeypatch.setattr(elo, "Sampler", lambda policy, end: policy)
+    monkeypatch.setattr(elo, "converse", lambda *args, **options: said)
+    run = SimpleNamespace(tok=SimpleNamespace(end_of_turn=0))
+    assert elo.match(run, "helpful", 5, ["A", "B"]) == (3, 1)
 
 
 # ---- 3. What the scripts share -----------------------------------------------
@@ -259,7 +423,7 @@ def run(tiny_runs):
 def test_a_script_runs_and_draws_and_ends_with_its_verdict(tiny_runs, name):
     printed, where = tiny_runs
     assert printed[name].endswith("END\n"), printed[name][-2000:]
-    assert printed[name].splitlines()[-2].startswith(("HOLDS", "DOES NOT HOLD"))
+    assert printed[name].splitlines()[-2].startswith(("HOLDS", "DOES NOT HOLD", "NOT DECIDED"))
     with open(where / f"{name}.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) > 1
     assert not (where / f"out/experiments/{name}.csv").exists()  # would replace real results
@@ -276,6 +440,29 @@ def test_a_full_run_writes_its_rows_and_a_picture(tmp_path, monkeypatch, capsys)
         assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}, {"a": "2", "b": "0.5"}]
     assert pictures == [(output.PICTURES / "name.png", draw)]
     assert capsys.readouterr().out.splitlines()[-1].startswith("HOLDS: it does.")
+
+
+def test_a_stopped_script_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output, "OUT", tmp_path)
+    monkeypatch.setattr(output, "save_picture", lambda path, draw: None)
+    calls, args = [], SimpleNamespace(tiny=False, full=True, start=0.0)
+
+    def measure():
+        calls.append(1)
+        return [{"seed": len(calls), "x": math.inf}]
+    quick, tiny = (SimpleNamespace(**vars(args) | change) for change in ({"full": False},
+                                                                         {"tiny": True}))
+    first = output.once("name", args, "seed-0", measure)
+    assert output.once("name", args, "seed-0", measure) == first == [{"seed": 1, "x": math.inf}]
+    assert "stopped run" in capsys.readouterr().out and len(calls) == 1
+    for part, options in (("seed-1", args), ("seed-0", quick), ("seed-0", tiny), ("seed-0", tiny)):
+        output.once("name", options, part, measure)
+    assert len(calls) == 5
+    output.finish("name", args, first, None, "HOLDS.")  # its parts go; another setting's stay
+    output.once("name", quick, "seed-0", measure)
+    assert len(calls) == 5
+    output.once("name", args, "seed-0", measure)
+    assert len(calls) == 6
 
 
 def some_pairs(run):
@@ -348,6 +535,53 @@ def test_rejection_sampling_keeps_the_reply_that_scores_highest(run):
     options = responses(run, policy, pm, prompts, 4, "a name")
     for i, reply in enumerate(lab.best_of(run, policy, pm, prompts, n=4, name="a name")):
         assert reply == max(options[4 * i:4 * i + 4], key=lambda option: option[1])[0]
+
+
+def test_the_median_reply_has_as_many_below_as_above(run):
+    pm, policy = lab.train_pm_on(run, some_pairs(run)), lab.load(run)
+    prompts = lab.held_out_prompts(run, 5, "a test").texts
+    options = responses(run, policy, pm, prompts, 3, "a name")
+    medians = lab.median_of(run, policy, pm, prompts, 3, "a name")
+    scored = lab.score_replies(run, pm, prompts, medians).tolist()
+    for i, reply in enumerate(medians):
+        middle = sorted(options[3 * i:3 * i + 3], key=lambda option: option[1])[1]
+        assert reply == middle[0]
+        if reply.rstrip()[-1:] in tuple(".!?"):  # else unfinished, and `responses` says less
+            # Alone or in a batch, a float32 score differs by rounding: 1e-4 is 1000 times epsilon.
+            assert scored[i] == pytest.approx(middle[1], abs=1e-4)
+
+
+def test_a_trained_run_is_the_main_job_in_the_folder_of_its_base(run, monkeypatch):
+    monkeypatch.chdir(run.out.parents[2])
+    found = lab.trained(0, tiny=True)  # trained by writers.py, so nothing is trained here
+    assert found.out.resolve() == run.out
+    monkeypatch.setattr(train_rl, "train", lambda *_: pytest.fail("the policy is there"))
+    assert lab.trained(0, tiny=True).has("policy.pt")
+
+
+def test_arms_of_rl_learn_from_their_own_prompts(run, monkeypatch):
+    """Crowd prompts come from files, written ones have a mark, and the control has one kind."""
+    script, cfg = importlib.import_module("model_prompts"), RLConfig()
+    written = {kind: [f"\n\nHuman: {kind} written?\n\nAssistant:"] for kind in lab.KINDS}
+    shares = {}
+    for arm in ("crowd", "written", "mixed", "red-team only"):
+        batch = script.prompts_of(arm, run, cfg, written).draw(400, "a test", held_out=False)
+        marked = [text in written[kind] for text, kind in zip(batch.texts, batch.kinds)]
+        shares[arm] = sum(marked) / 400, batch.kinds.count("harmless") / 400
+    assert [shares[arm][0] for arm in ("crowd", "written", "red-team only")] == [0, 1, 0]
+    # 400 draws: 0.5 has a standard error of 0.025, and 0.33 of 0.024. Four of them are 0.1.
+    assert abs(shares["mixed"][0] - 0.5) < 0.1 and abs(shares["mixed"][1] - 0.33) < 0.1
+    assert shares["red-team only"][1] == 1
+
+
+def test_a_gain_is_the_end_less_the_start_on_the_kinds_in_their_shares(run, monkeypatch):
+    script = importlib.import_module("model_prompts")
+    numbers = dict(helpfulness=1.0, harmlessness=-2.0, correct=0.5, complied=0.5, kl=0.0)
+    path = [numbers, numbers | dict(helpfulness=3.0, harmlessness=1.0)]
+    monkeypatch.setattr(lab, "ppo", lambda *_, prompts: (None, path))
+    monkeypatch.setattr(run, "load_model", lambda name: name)
+    [row] = script.one_arm("mixed", run, RLConfig(), {})
+    assert row["gain"] == pytest.approx((2 * 2 + 3) / 3) and row["helpfulness"] == 3.0
 
 
 def test_a_header_stands_before_the_prompt_and_names_seed_the_draw(run):

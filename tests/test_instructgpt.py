@@ -361,7 +361,8 @@ OPTIONS = ("--preset instructgpt --lm.documents 120 --lm.step-tokens 512 --lm.vo
            "--rl.save-every 2 --rl.max-response 12").split()
 OF_SFT = {name: CONFIGS[name] for name in ("run", "lm", "sft")}
 OF_RM = {name: CONFIGS[name] for name in ("run", "lm", "sft", "rm", "select")}
-SCRIPTS = {"train_rl.py": (train_rl.command, CONFIGS), "rankings.py": (rankings.command, OF_RM),
+OF_RL = {name: config for name, config in CONFIGS.items() if name not in ("online", "elo")}
+SCRIPTS = {"train_rl.py": (train_rl.command, OF_RL), "rankings.py": (rankings.command, OF_RM),
            "train_sft.py": (train_sft.command, OF_SFT)}
 
 

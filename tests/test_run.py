@@ -28,14 +28,17 @@ from pm import ScalarModel
 from run import (TrainingError, UserError, check_finite, check_is_file, file_hash, first_sentence,
                  flag, load, read_text, rng, save, torch_rng)
 from stage import Folder
+from tournament import EloConfig
 from train_lm import CDConfig, LMConfig
+from train_online import OnlineConfig
 from train_pm import PMConfig, PMPConfig
 from train_rl import RLConfig
 from rankings import RMConfig
 from train_sft import SelectConfig, SFTConfig
 
 CONFIGS = {"run": RunConfig, "lm": LMConfig, "cd": CDConfig, "pmp": PMPConfig, "pm": PMConfig,
-           "rl": RLConfig, "sft": SFTConfig, "rm": RMConfig, "select": SelectConfig}
+           "rl": RLConfig, "sft": SFTConfig, "rm": RMConfig, "select": SelectConfig,
+           "online": OnlineConfig, "elo": EloConfig}
 FIELDS = {f"{prefix}.{field.name}": field
           for prefix, config in CONFIGS.items() for field in dataclasses.fields(config)}
 
@@ -59,10 +62,10 @@ def value_of(parsed: dict, name: str):
 ZERO_IS_FINE = """run.seed run.context lm.warmup lm.weight_decay cd.documents pmp.pairs pmp.warmup
     pmp.token_budget pm.comparisons pm.helpful pm.harmless pm.warmup pm.harmless_weight
     pm.token_budget rl.warmup rl.kl_coef rl.gamma rl.gae_lambda rl.unfinished_penalty rl.slots
-    rl.token_budget rl.harmless_share rl.ptx_coef rl.ema sft.dropout sft.pretraining
-    rm.token_budget""".split()
-AT_MOST_ONE = ["rl.gamma", "rl.gae_lambda", "rl.harmless_share", "rl.ema", "sft.dropout",
-               "sft.pretraining"]
+    rl.token_budget rl.harmless_share rl.model_prompts rl.ptx_coef rl.ema sft.dropout
+    sft.pretraining rm.token_budget online.helpful online.harmless""".split()
+AT_MOST_ONE = ["rl.gamma", "rl.gae_lambda", "rl.harmless_share", "rl.model_prompts", "rl.ema",
+               "sft.dropout", "sft.pretraining"]
 
 
 @pytest.mark.parametrize("name", [n for n, field in FIELDS.items() if field.type in (int, float)])
