@@ -170,7 +170,7 @@ def new_comparisons(run: Run, k: int, pm: PMConfig, online: OnlineConfig, kind: 
         share_of_n = n * (i + 1) // len(pairs) - n * i // len(pairs)
         if share_of_n > 0:
             name = f"{split}, round {k}, pair {i}"
-            found += collect_from(run, pm, players, kind, name, share_of_n)
+            found += collect_from(run, pm, players, kind, name, share_of_n)[0]
     return found
 
 
