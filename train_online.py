@@ -46,9 +46,9 @@ from train_rl import RLConfig, train as train_rl
 @dataclass
 class OnlineConfig:
     rounds: int = 3          # rounds in all (HH some five, a week each); more continue a run
-    helpful: int = 3000      # toy: new comparisons on helpful prompts, a round (HH some 4k)
-    harmless: int = 1000     # toy: new comparisons on red-team prompts, a round (HH online: none)
-    test: int = 300          # toy: held-out comparisons of each kind, a round
+    helpful: int = 1200      # toy: new comparisons on helpful prompts, a round (HH some 4k to 44k)
+    harmless: int = 400      # toy: new comparisons on red-team prompts, a round (HH online: none)
+    test: int = 200          # toy: held-out comparisons of each kind, a round
     best_of: int = 16        # toy: replies from which the PM takes the best in round 1 (HH 16)
     snapshots: int = 3       # policies of a round's RLHF that are deployed, the last one included
     people: str = ""         # choices of people, who take the place of the simulated ones
