@@ -125,10 +125,10 @@ def pairs_of_players(run: Run, k: int, online: OnlineConfig, name: str) -> list[
 def deploy(run: Run, k: int, pm: PMConfig, online: OnlineConfig) -> bool:
     """Step 1 of round k. Returns False if people have not yet made enough choices."""
     part, before, files = round_of(run, k), round_of(run, k - 1), deployed(run, k)
+    if online.people and not part.is_complete("online") and not has_choices(run, k, online):
+        return False
     if part.reuse("online", online, files):
         return True
-    if online.people and not has_choices(run, k, online):
-        return False
     stage = part.begin("online", online, data=files)
     stage.start()
     if is_first():
