@@ -150,11 +150,19 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
     Pairs that cannot be compared are dropped and counted. cfg: a train_pm.PMConfig. A split whose
     name begins with "test" asks held-out questions."""
     sampler = Sampler(policy, run.tok.end_of_turn)
-    return collect_from(run, cfg, [sampler, sampler], kind, split, n)
+    kept, counts = collect_from(run, cfg, [sampler, sampler], kind, split, n)
+    if not kept:
+        raise UserError(f"none of the {n:,} pairs of {kind} replies can be compared "
+                        f"({counts_line(counts)}): the initial policy knows too little. Give it "
+                        "more --lm.documents (in a new --out), or longer replies "
+                        "(--pm.max-response)")
+    return kept
 
 
-def collect_from(run: Run, cfg, players: list, kind: str, split: str, n: int) -> list[Comparison]:
-    """The same, of the replies of two players: two policies deployed side by side (§4.5)."""
+def collect_from(run: Run, cfg, players: list, kind: str, split: str,
+                 n: int) -> tuple[list[Comparison], Counter]:
+    """The same, of two players' replies: two policies are deployed side by side (§4.5). Also
+    returns what was dropped, and why. There may be nothing left."""
     turns, rng = [], run.rng("turns", kind, split)
     while sum(turns) < n:
         stays = 1
@@ -173,12 +181,7 @@ def collect_from(run: Run, cfg, players: list, kind: str, split: str, n: int) ->
             kept.append(exchange.comparison)
     counts["kept"] = len(kept)
     print(f"    {len(turns):,} conversations, {kind} {split}: {counts_line(counts)}")
-    if not kept:
-        raise UserError(f"none of the {n:,} pairs of {kind} replies can be compared "
-                        f"({counts_line(counts)}): the initial policy knows too little. Give it "
-                        "more --lm.documents (in a new --out), or longer replies "
-                        "(--pm.max-response)")
-    return kept
+    return kept, counts
 
 
 class BestOf:

@@ -81,7 +81,7 @@ def ratings(rounds: list[Run], kind: str) -> tuple[list[float], list[float]]:
 
 def show(rounds: list[Run], out: Path):
     """Print the table of all rounds, and write it and the picture to `out`."""
-    names = ["initial"] + [str(k) for k in range(1, len(rounds) + 1)]
+    names = ["initial", *map(str, range(1, len(rounds) + 1))]
     rows = [f"    {'round':8}{'new pairs':>10}{'PM accuracy':>13}{'helpfulness':>13}"
             f"{'harmlessness':>14}", f"    {names[0]:58}"]
     for k, of_round in enumerate(rounds, start=1):
@@ -98,8 +98,8 @@ def show(rounds: list[Run], out: Path):
                 line.bars.append((k, y - error, y + error))
         lines.append(line)
     table = "\n".join(rows) + "\n"
-    print(f"\n{table}    (PM accuracy on the held-out pairs of all rounds so far; true utilities of "
-          "the policy;\n    Elo with one standard error)")
+    print(f"\n{table}    (PM accuracy on the held-out pairs of all rounds so far; true utilities "
+          "of the policy;\n    Elo with one standard error)")
     write_atomically(out / "elo.txt", table.encode())
     svg = picture(chart("Elo by crowdworkers, with one standard error", lines, x_title="round",
                         x_names=names))

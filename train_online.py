@@ -46,9 +46,9 @@ from train_rl import RLConfig, train as train_rl
 @dataclass
 class OnlineConfig:
     rounds: int = 3          # rounds in all (HH some five, a week each); more continue a run
-    helpful: int = 3000      # toy: new comparisons on helpful prompts, a round (HH some 4k)
-    harmless: int = 1000     # toy: new comparisons on red-team prompts, a round (HH online: none)
-    test: int = 300          # toy: held-out comparisons of each kind, a round
+    helpful: int = 1200      # toy: new comparisons on helpful prompts, a round (HH some 4k to 44k)
+    harmless: int = 400      # toy: new comparisons on red-team prompts, a round (HH online: none)
+    test: int = 200          # toy: held-out comparisons of each kind, a round
     best_of: int = 16        # toy: replies from which the PM takes the best in round 1 (HH 16)
     snapshots: int = 3       # policies of a round's RLHF that are deployed, the last one included
     people: str = ""         # choices of people, who take the place of the simulated ones
@@ -125,10 +125,10 @@ def pairs_of_players(run: Run, k: int, online: OnlineConfig, name: str) -> list[
 def deploy(run: Run, k: int, pm: PMConfig, online: OnlineConfig) -> bool:
     """Step 1 of round k. Returns False if people have not yet made enough choices."""
     part, before, files = round_of(run, k), round_of(run, k - 1), deployed(run, k)
+    if online.people and not part.is_complete("online") and not has_choices(run, k, online):
+        return False
     if part.reuse("online", online, files):
         return True
-    if online.people and not has_choices(run, k, online):
-        return False
     stage = part.begin("online", online, data=files)
     stage.start()
     if is_first():
@@ -170,7 +170,7 @@ def new_comparisons(run: Run, k: int, pm: PMConfig, online: OnlineConfig, kind: 
         share_of_n = n * (i + 1) // len(pairs) - n * i // len(pairs)
         if share_of_n > 0:
             name = f"{split}, round {k}, pair {i}"
-            found += collect_from(run, pm, players, kind, name, share_of_n)
+            found += collect_from(run, pm, players, kind, name, share_of_n)[0]
     return found
 
 

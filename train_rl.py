@@ -143,6 +143,20 @@ class Learner:
 # ---- 2. Training -------------------------------------------------------------
 
 
+def make_prompts(run: Run, cfg: RLConfig) -> Prompts:
+    """The prompts of comparisons. With --model-prompts the LM writes more, of each kind of which
+    there are some to show it."""
+    prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
+    if cfg.model_prompts == 0:
+        return prompts
+    lm = run.load_model("lm.pt")
+    for kind in ("helpful", "harmless"):
+        if prompts.texts_of(kind, "train"):
+            prompts.written[kind] = write_prompts(run, lm, prompts, kind, cfg.written)
+    prompts.written_share = cfg.model_prompts
+    return prompts
+
+
 def train(run: Run, cfg: RLConfig, watch=None):
     """Run RLHF. Reads initial.pt and pm.pt, writes policy.pt and samples.txt. `watch(n, policy)` is
     called after each iteration, with the number of updates."""
@@ -151,9 +165,7 @@ def train(run: Run, cfg: RLConfig, watch=None):
         return
     reference, pm = run.load_model("initial.pt"), run.load_model("pm.pt")
     learner = Learner(run, cfg, reference, pm)
-    prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
-    if cfg.model_prompts > 0:
-        add_written(run, cfg, prompts)
+    prompts = make_prompts(run, cfg)
     held_out = prompts.held_out(cfg.eval_prompts)
     before, replies_before = evaluate(run, cfg, reference, reference, pm, held_out)
     parts = {"policy": learner.policy, "critic": learner.critic, "optimizer": learner.optimizer}
@@ -180,7 +192,7 @@ def train(run: Run, cfg: RLConfig, watch=None):
         if recorder.is_due(n_updates):
             stage.log_record(n_updates, **recorder.content(n_updates, learner.result,
                                                            learner.critic))
-        if watch is not None:
+        if watch:
             watch(n_updates, learner.policy)
 
     after, replies_after = evaluate(run, cfg, learner.result, reference, pm, held_out)
@@ -198,15 +210,6 @@ def train(run: Run, cfg: RLConfig, watch=None):
                                        cfg.temperature))
         print(f"\n{turn_table(*turns)}")
     stage.end(**run.checkpoint(learner.result))
-
-
-def add_written(run: Run, cfg: RLConfig, prompts: Prompts):
-    """Let the LM write prompts, of each kind of which there are some to show it."""
-    lm = run.load_model("lm.pt")
-    for kind in ("helpful", "harmless"):
-        if prompts.texts_of(kind, "train"):
-            prompts.written[kind] = write_prompts(run, lm, prompts, kind, cfg.written)
-    prompts.written_share = cfg.model_prompts
 
 
 def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMConfig, rl: RLConfig,
