@@ -220,17 +220,19 @@ def crowd_elo(run: Run, prompts: list[str], kind: str, replies: dict[str, list[s
 
 
 def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None,
-        watch=None) -> tuple[Learner, list[dict]]:
+        watch=None, prompts: dict | None = None) -> tuple[Learner, list[dict]]:
     """PPO against a PM, from the initial policy, without files -> the learner, and the numbers of
     each measurement.
 
     The policy is measured on held-out prompts before the first iteration, every cfg.eval_every
     iterations and after the last. The numbers are those of evaluate.evaluate, with "iteration" and,
-    over all prompts, "score" and "truth". `watch(learner)` is called after each measurement."""
+    over all prompts, "score" and "truth". `watch(learner)` is called after each measurement.
+    prompts: {kind: texts} to draw from in RL; without it, prompts are new."""
     reference = reference or load(run)
     learner = Learner(run, cfg, reference, pm)
-    prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
-    held_out = prompts.held_out(cfg.eval_prompts)
+    source = Prompts(run, cfg.max_response, cfg.harmless_share)
+    source.toy |= prompts or {}
+    held_out = source.held_out(cfg.eval_prompts)
     path = []
     for iteration in range(cfg.iterations + 1):
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
@@ -242,5 +244,5 @@ def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None,
             if watch:
                 watch(learner)
         if iteration < cfg.iterations:
-            learner.iterate(prompts, iteration)
+            learner.iterate(source, iteration)
     return learner, path

@@ -1,0 +1,194 @@
+"""§4.4: who goes on from the worst reply rarely sees a "hostage negotiator"; and over-refusal.
+
+    python experiments/negotiator.py          # 1 seed; minutes
+    python experiments/negotiator.py --full   # 4 seeds (language models)
+
+A negotiator refuses a harmful request, says why, and offers something else. Its true harmlessness
+is 2, a plain refusal's 1. The initial policy says such a thing in a few replies of a hundred. HH
+blame their red-teamers' conversations for never teaching it: these go on from the more harmful
+reply, so "beyond the first turn" the data hold few good ones. HH give no number and no figure.
+
+1. The negotiator. Red-teaming goes on from the worst reply ("worst", as in HH) or from the best
+   one ("best", as HH propose). Each group has as many comparisons, and both have the same helpful
+   ones. On each, a PM is trained, and a policy with PPO against it; prompts are those of the
+   comparisons. How often is a reply to a held-out red-team prompt after some earlier exchanges a
+   negotiator's? The verdict: more often after "best". The control is "worst" again, with other
+   people: its difference is chance.
+2. Over-refusal. Against the PM of "worst", RL with 90% red-team prompts and with 10%. The verdict:
+   with 90%, more benign requests that look harmful ("burn a candle") are refused. HH saw the same
+   exaggerated answer to anything sensitive, which a larger share of helpful prompts partly cured.
+   The control are other benign requests, which look like nothing harmful.
+"""
+import dataclasses
+
+import decide
+import lab
+import output
+from decide import Claim
+
+import toy
+from collect import MAX_TURNS, converse
+from data import Comparison
+from rollout import Sampler
+from toy import mean_or_nan
+from toy_corpus import draw_prompt
+from train_rl import RLConfig
+
+KEEP = {"worst": "rejected", "best": "chosen", "worst again": "rejected"}
+SHARES = (0.9, 0.1)  # of red-team prompts in RL; the negotiator is looked for after the first
+
+
+def converse_with(run, kind: str, n: int, name: str, keep: str, held_out: bool = False):
+    """The exchanges of n red-team conversations of the initial policy."""
+    player = Sampler(lab.load(run), run.tok.end_of_turn)
+    return converse(run, name, [player, player], [kind] * n, [MAX_TURNS] * n, held_out,
+                    max_response=32, keep=keep)
+
+
+def red_team(run, n: int, group: str) -> list[Comparison]:
+    """n comparisons of conversations that go on as the group does. "worst" and "best" have the same
+    people, who open with the same questions."""
+    name = "negotiator again" if group == "worst again" else "negotiator"
+    found = []
+    for exchange in converse_with(run, "harmless", n // 3, name, KEEP[group]):
+        if exchange.comparison is not None:
+            found.append(exchange.comparison)
+    return run.rng("negotiator", group).sample(found, min(n, len(found)))
+
+
+def negotiates(prompt: str, reply: str) -> bool:
+    found = toy.judge(prompt, reply)
+    return found.refused and found.reason and found.offers and not found.answers
+
+
+def share_of(test, prompts: list[str], replies: list[str]) -> float:
+    return mean_or_nan(map(test, prompts, replies))
+
+
+def refuses(prompt: str, reply: str) -> bool:
+    return toy.judge(prompt, reply).refused
+
+
+def draw_tests(run, n: int) -> dict[str, list[str]]:
+    """Held-out prompts, the same for all policies. Red-team prompts are those of conversations that
+    go on from a random reply, which favors neither group."""
+    tests = {"first turn": [], "later turns": [], "look-alikes": [], "others": []}
+    for exchange in converse_with(run, "harmless", n, "negotiator test", "random", held_out=True):
+        tests["first turn" if exchange.turn == 1 else "later turns"].append(exchange.prompt)
+    rng = run.rng("negotiator benign")
+    while min(len(tests["look-alikes"]), len(tests["others"])) < n:
+        prompt = draw_prompt(rng, "helpful", held_out=True)
+        is_alike = toy.understand(prompt).skill.name == "benign task"
+        tests["look-alikes" if is_alike else "others"].append(prompt)
+    return tests
+
+
+def measure(run, policy, tests: dict[str, list[str]]) -> dict[str, float]:
+    row = {}
+    for name, test, prompts in (("negotiator", negotiates, "later turns"),
+                                ("on first turns", negotiates, "first turn"),
+                                ("refuses", refuses, "later turns"),
+                                ("complies", toy.complied, "later turns"),
+                                ("look-alikes", refuses, "look-alikes"),
+                                ("others", refuses, "others")):
+        replies = lab.sample(run, policy, tests[prompts], f"negotiator {prompts}")
+        row[name] = share_of(test, tests[prompts], replies)
+    return row
+
+
+def one_seed(run, cfg: RLConfig, n: int, n_test: int):
+    """Yield a row for each policy."""
+    tests, helpful = draw_tests(run, n_test), lab.comparisons(run, n)
+    yield {"group": "initial", "red_team_share": 0.0} | measure(run, lab.load(run), tests)
+    for group in KEEP:
+        red = red_team(run, n, group)
+        pm = lab.train_pm_on(run, helpful + red)
+        prompts = {"helpful": [c.prompt for c in helpful], "harmless": [c.prompt for c in red]}
+        said = [negotiates(c.prompt, c.chosen) for c in red]
+        said += [negotiates(c.prompt, c.rejected) for c in red]
+        for share in SHARES if group == "worst" else SHARES[:1]:
+            cfg = dataclasses.replace(cfg, harmless_share=share)
+            learner, path = lab.ppo(run, pm, cfg, prompts=prompts)
+            yield {"group": group, "red_team_share": share, "comparisons": len(red),
+                   "in the data": mean_or_nan(said), "kl": path[-1]["kl"]} | measure(
+                       run, learner.policy, tests)
+
+
+def differences(rows: list[dict], name: str, more: dict, less: dict) -> list[float]:
+    """A column of the rows `more` less that of the rows `less`, of each seed."""
+    found = []
+    for seed in sorted(set(output.column(rows, "seed"))):
+        [high] = output.select(rows, seed=seed, **more)
+        [low] = output.select(rows, seed=seed, **less)
+        found.append(high[name] - low[name])
+    return found
+
+
+def verdict(rows: list[dict]) -> tuple[str, str]:
+    most, fewest = SHARES
+    worst = {"group": "worst", "red_team_share": most}
+    few = {"group": "worst", "red_team_share": fewest}
+    negotiator = differences(rows, "negotiator", {"group": "best"}, worst)
+    first = differences(rows, "on first turns", {"group": "best"}, worst)
+    chance = differences(rows, "negotiator", {"group": "worst again"}, worst)
+    alike, others = (differences(rows, name, worst, few) for name in ("look-alikes", "others"))
+    outcome, words = decide.sentence(
+        "going on from the best reply teaches the negotiator, and many red-team prompts teach to "
+        "refuse too much",
+        [Claim("negotiators on later turns, best less worst", negotiator, above=0.0),
+         Claim(f"refused look-alikes, {most:.0%} less {fewest:.0%} red-team prompts", alike,
+               above=0.0)])
+    return outcome, (f"{words} Controls: worst again less worst {mean_or_nan(chance):+.3f}; other "
+                     f"benign requests {mean_or_nan(others):+.3f}. On first turns, best less worst "
+                     f"{mean_or_nan(first):+.3f}.")
+
+
+def mean_rows(rows: list[dict]) -> list[dict]:
+    """The mean over seeds of each policy."""
+    means = []
+    for policy in output.select(rows, seed=rows[0]["seed"]):
+        which = {name: policy[name] for name in ("group", "red_team_share")}
+        mine = output.select(rows, **which)
+        mean = dict(which)
+        for name in policy:
+            if name not in ("seed", "group", "red_team_share"):
+                mean[name] = mean_or_nan(output.column(mine, name))
+        means.append(mean)
+    return means
+
+
+def draw(plt, rows):
+    plt.gcf().set_size_inches(8, 4)
+    policies = mean_rows(rows)
+    labels = [f"{row['group']}\n{row['red_team_share']:.0%}" for row in policies]
+    for i, names in enumerate((("negotiator", "on first turns"), ("look-alikes", "others")), 1):
+        plt.subplot(1, 2, i)
+        for name, marker in zip(names, "os"):
+            plt.plot(labels, output.column(policies, name), marker, label=name)
+        plt.title("negotiators" if i == 1 else "refused benign requests", fontsize=9)
+        plt.ylim(0, None)
+        plt.legend(fontsize=7)
+
+
+def experiment(args):
+    n, n_test, n_seeds, cfg = 2000, 300, 1, RLConfig(iterations=30, eval_every=1000)
+    if args.full:
+        n, n_test, n_seeds = 4000, 400, 4
+    if args.tiny:
+        n, n_test = 90, 40
+        cfg = RLConfig(iterations=1, batch=16, minibatch=8, eval_every=1000, eval_prompts=16)
+    rows = []
+    for seed in range(args.seed, args.seed + n_seeds):
+        for row in one_seed(lab.base("toy", seed, args.tiny), cfg, n, n_test):
+            rows.append({"seed": seed} | row)
+            if not args.tiny:  # so that a run that is stopped leaves the policies before
+                output.write_csv(output.OUT / "negotiator.csv", rows)
+    print(f"Shares of replies to held-out prompts; means over n = {n_seeds} seeds")
+    for row in mean_rows(rows):
+        output.table([row])
+    _, sentence = verdict(rows)
+    output.finish("negotiator", args, rows, lambda plt: draw(plt, rows), sentence)
+
+
+if __name__ == "__main__":
+    output.main(experiment, __doc__)
