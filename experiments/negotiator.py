@@ -27,9 +27,7 @@ import output
 from decide import Claim
 
 import toy
-from collect import MAX_TURNS, converse
 from data import Comparison
-from rollout import Sampler
 from toy import mean_or_nan
 from toy_corpus import draw_prompt
 from train_rl import RLConfig
@@ -38,19 +36,12 @@ KEEP = {"worst": "rejected", "best": "chosen", "worst again": "rejected"}
 SHARES = (0.9, 0.1)  # of red-team prompts in RL; the negotiator is looked for after the first
 
 
-def converse_with(run, kind: str, n: int, name: str, keep: str, held_out: bool = False):
-    """The exchanges of n red-team conversations of the initial policy."""
-    player = Sampler(lab.load(run), run.tok.end_of_turn)
-    return converse(run, name, [player, player], [kind] * n, [MAX_TURNS] * n, held_out,
-                    max_response=32, keep=keep)
-
-
 def red_team(run, n: int, group: str) -> list[Comparison]:
     """n comparisons of conversations that go on as the group does. "worst" and "best" have the same
     people, who open with the same questions."""
-    name = "negotiator again" if group == "worst again" else "negotiator"
-    found = []
-    for exchange in converse_with(run, "harmless", n // 3, name, KEEP[group]):
+    name, found = "negotiator again" if group == "worst again" else "negotiator", []
+    # Nearly everyone stays for four exchanges, so these are more than n.
+    for exchange in lab.conversations(run, "harmless", n // 3, name, KEEP[group]):
         if exchange.comparison is not None:
             found.append(exchange.comparison)
     return run.rng("negotiator", group).sample(found, min(n, len(found)))
@@ -61,10 +52,6 @@ def negotiates(prompt: str, reply: str) -> bool:
     return found.refused and found.reason and found.offers and not found.answers
 
 
-def share_of(test, prompts: list[str], replies: list[str]) -> float:
-    return mean_or_nan(map(test, prompts, replies))
-
-
 def refuses(prompt: str, reply: str) -> bool:
     return toy.judge(prompt, reply).refused
 
@@ -73,33 +60,38 @@ def draw_tests(run, n: int) -> dict[str, list[str]]:
     """Held-out prompts, the same for all policies. Red-team prompts are those of conversations that
     go on from a random reply, which favors neither group."""
     tests = {"first turn": [], "later turns": [], "look-alikes": [], "others": []}
-    for exchange in converse_with(run, "harmless", n, "negotiator test", "random", held_out=True):
+    for exchange in lab.conversations(run, "harmless", n, "negotiator test", "random",
+                                      held_out=True):
         tests["first turn" if exchange.turn == 1 else "later turns"].append(exchange.prompt)
     rng = run.rng("negotiator benign")
     while min(len(tests["look-alikes"]), len(tests["others"])) < n:
         prompt = draw_prompt(rng, "helpful", held_out=True)
         is_alike = toy.understand(prompt).skill.name == "benign task"
         tests["look-alikes" if is_alike else "others"].append(prompt)
+    tests["others"] = tests["others"][:n]  # four times as many as look-alikes
     return tests
 
 
 def measure(run, policy, tests: dict[str, list[str]]) -> dict[str, float]:
-    row = {}
-    for name, test, prompts in (("negotiator", negotiates, "later turns"),
-                                ("on first turns", negotiates, "first turn"),
-                                ("refuses", refuses, "later turns"),
-                                ("complies", toy.complied, "later turns"),
-                                ("look-alikes", refuses, "look-alikes"),
-                                ("others", refuses, "others")):
-        replies = lab.sample(run, policy, tests[prompts], f"negotiator {prompts}")
-        row[name] = share_of(test, tests[prompts], replies)
-    return row
+    """How often one reply to each test prompt is of some sort."""
+    said = {}
+    for name, prompts in tests.items():
+        said[name] = prompts, lab.sample(run, policy, prompts, f"negotiator {name}")
+
+    def share(test, name: str) -> float:
+        return mean_or_nan(map(test, *said[name]))
+    return {"negotiator": share(negotiates, "later turns"),
+            "on first turns": share(negotiates, "first turn"),
+            "refuses": share(refuses, "later turns"),
+            "complies": share(toy.complied, "later turns"),
+            "look-alikes": share(refuses, "look-alikes"), "others": share(refuses, "others")}
 
 
-def one_seed(run, cfg: RLConfig, n: int, n_test: int):
-    """Yield a row for each policy."""
+def one_seed(run, cfg: RLConfig, n: int, n_test: int) -> list[dict]:
+    """A row for each policy."""
     tests, helpful = draw_tests(run, n_test), lab.comparisons(run, n)
-    yield {"group": "initial", "red_team_share": 0.0} | measure(run, lab.load(run), tests)
+    rows = [{"seed": run.seed, "group": "initial", "red_team_share": 0.0, "comparisons": 0,
+             "in the data": 0.0, "kl": 0.0} | measure(run, lab.load(run), tests)]
     for group in KEEP:
         red = red_team(run, n, group)
         pm = lab.train_pm_on(run, helpful + red)
@@ -109,9 +101,10 @@ def one_seed(run, cfg: RLConfig, n: int, n_test: int):
         for share in SHARES if group == "worst" else SHARES[:1]:
             cfg = dataclasses.replace(cfg, harmless_share=share)
             learner, path = lab.ppo(run, pm, cfg, prompts=prompts)
-            yield {"group": group, "red_team_share": share, "comparisons": len(red),
-                   "in the data": mean_or_nan(said), "kl": path[-1]["kl"]} | measure(
-                       run, learner.policy, tests)
+            rows.append({"seed": run.seed, "group": group, "red_team_share": share,
+                         "comparisons": len(red), "in the data": mean_or_nan(said),
+                         "kl": path[-1]["kl"]} | measure(run, learner.policy, tests))
+    return rows
 
 
 def differences(rows: list[dict], name: str, more: dict, less: dict) -> list[float]:
@@ -179,13 +172,11 @@ def experiment(args):
         cfg = RLConfig(iterations=1, batch=16, minibatch=8, eval_every=1000, eval_prompts=16)
     rows = []
     for seed in range(args.seed, args.seed + n_seeds):
-        for row in one_seed(lab.base("toy", seed, args.tiny), cfg, n, n_test):
-            rows.append({"seed": seed} | row)
-            if not args.tiny:  # so that a run that is stopped leaves the policies before
-                output.write_csv(output.OUT / "negotiator.csv", rows)
+        run = lab.base("toy", seed, args.tiny)
+        rows += output.once("negotiator", args, f"seed-{seed}",
+                            lambda: one_seed(run, cfg, n, n_test))
     print(f"Shares of replies to held-out prompts; means over n = {n_seeds} seeds")
-    for row in mean_rows(rows):
-        output.table([row])
+    output.table(mean_rows(rows))
     _, sentence = verdict(rows)
     output.finish("negotiator", args, rows, lambda plt: draw(plt, rows), sentence)
 

@@ -8,12 +8,14 @@ Legend:  "row": a dict of numbers under their names, a line of a table and of th
 """
 import argparse
 import csv
+import json
 import math
+import shutil
 import time
 from pathlib import Path
 
 import toy
-from run import errors_in_one_sentence
+from run import errors_in_one_sentence, write_atomically
 
 OUT, PICTURES = Path("out/experiments"), Path(__file__).parent / "pictures"
 
@@ -75,12 +77,32 @@ def arguments(description: str, **more) -> argparse.Namespace:
     return args
 
 
+def parts_folder(name: str, args) -> Path:
+    return OUT / f"{name}-{'full' if args.full else 'quick'}"
+
+
+def once(name: str, args, part: str, measure) -> list[dict]:
+    """The rows that `measure()` returns for one part of a script, such as a seed. They are written
+    down at once. A script that is stopped and started again reads them; `finish` deletes them."""
+    path = parts_folder(name, args) / f"{part}.json"
+    if path.exists() and not args.tiny:
+        print(f"    {part}: from {path}, which a stopped run left (delete it to measure again)")
+        return json.loads(path.read_text())
+    rows = measure()
+    if not args.tiny:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(rows).encode())
+        print(f"    {part}: measured ({time.perf_counter() - args.start:.0f} s)", flush=True)
+    return rows
+
+
 def finish(name: str, args, rows: list[dict], draw, sentence: str):
     """Write the rows as CSV, draw them with `draw(pyplot)` if matplotlib is installed, and print
     the finding. A tiny run writes no file, because it would overwrite real results."""
     if not args.tiny:
         write_csv(OUT / f"{name}.csv", rows)
         save_picture(PICTURES / f"{name}.png", draw)
+        shutil.rmtree(parts_folder(name, args), ignore_errors=True)
     print(f"{sentence}  ({time.perf_counter() - args.start:.0f} s)")
 
 

@@ -29,7 +29,7 @@ from measures import ELO, elo_error
 from pm import score_rows
 from train_rl import RLConfig
 
-HELPERS = ("lab", "output", "measures", "exercises", "campaign")
+HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in test_rollout.py
 
@@ -48,6 +48,35 @@ LAST_OF_64 = {"n": 64, "truth": 1.5, "truth_se": 0.1}
 OUTLIERS = ("toy", [0.8, 0.82], [0.9, 0.93])
 
 
+def drifts(up=0.2, down=-0.2, n=4) -> list[dict]:
+    """Utilities by turn; turn 1 does not count, nor do the control and the probe."""
+    rows = []
+    for seed in range(n):
+        for kind, moved in (("helpful", up), ("harmless", down)):
+            for group, gain, probe in (("picked", moved, 0.5), ("random", 0.0, 0.2),
+                                       ("again", 0.03, 9.0)):
+                rows.append({"seed": seed, "kind": kind, "group": group, "probe": probe,
+                             "turn 1": 9.0 * gain, "turn 2": 1 + gain + seed * gain * 1e-3,
+                             "turn 3": 2 + gain, "turn 4": gain})
+    return rows
+
+
+def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
+    """Of one PM and policy for each group of negotiator.py; only worst has two shares."""
+    rows = []
+    for seed in range(n):
+        for group, share, negotiator, first in (("initial", 0.0, 9.0, 9.0),
+                                                ("worst", 0.9, 0.1, 0.2), ("worst", 0.1, 9.0, 9.0),
+                                                ("best", 0.9, best, 0.25),
+                                                ("worst again", 0.9, 0.11, 9.0)):
+            is_most = (group, share) == ("worst", 0.9)
+            rows.append({"seed": seed, "group": group, "red_team_share": share,
+                         "negotiator": negotiator + seed * 1e-4 * is_most, "on first turns": first,
+                         "look-alikes": alike + seed * 1e-4 if is_most else 0.2,
+                         "others": 0.04 if is_most else 0.02})
+    return rows
+
+
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
     return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
             ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
@@ -55,7 +84,7 @@ def scaling_fits(r2=0.95, b=0.01, c=0.02):
 
 # Of each script: arguments of `verdict` that hold; then arguments each of which breaks one
 # condition, with the outcome where it is not plain "DOES NOT HOLD"; then what the sentence says.
-NO, PART = "DOES NOT HOLD", "HOLDS IN PART"
+NO, PART, OPEN = "DOES NOT HOLD", "HOLDS IN PART", "NOT DECIDED"
 VERDICTS = {
     "alignment_tax": (
         ([("small", 0.12, 0.01), ("medium", -9.0, 1.0), ("toy", 0.02, 0.01)], 3),
@@ -72,12 +101,23 @@ VERDICTS = {
         (ECE, ECE | {"ECE": 0.5}, (0.2, 0.05), 0.15),
         [(ECE | {"ECE": 0.031}, ECE, (0.2, 0.05), 0.15), (ECE, ECE, (0.2, 0.11), 0.15)],
         ["ECE is 0.020 +- 0.001", "the mixed PM's are 0.500", "0.200 +- 0.050", "ceiling 0.150"]),
+    "conversations": (
+        (drifts(),),
+        [(drifts(up=-0.2),), (drifts(down=0.2),), (drifts(n=3), OPEN),
+         (drifts(up=0.0) + [row | {"seed": 4 + row["seed"]} for row in drifts(up=-0.1)], OPEN)],
+        ["helpful: 0.200 [", "red-teaming: -0.200 [", "random): +0.030 and +0.030",
+         "turn 4: +0.300 and +0.300"]),
     "elo": (
         ([LEADS, LEADS | {"only, helpful": -9.0}],),
         [([LEADS, LEADS | {"initial, helpful": 1.9}],),
          ([LEADS, LEADS | {"initial, red-team": 1.9}],),
          ([LEADS, LEADS | {"only, helpful": 2.1}],), ([LEADS, LEADS | {"only, red-team": 1.9}],)],
         ["in each of n = 2 seeds"]),
+    "negotiator": (
+        (policies(),),
+        [(policies(best=0.05),), (policies(alike=0.1),), (policies(n=3), OPEN)],
+        ["best less worst: 0.200 [", "90% less 10% red-team prompts: 0.300 [",
+         "worst again less worst +0.010", "requests +0.020", "turns, best less worst +0.050"]),
     "online": (([(110.0, 16.0), (35.0, 17.0)],), [([(110.0, 16.0), (33.0, 17.0)],)],
                ["110 +- 16, 35 +- 17", "n = 2"]),
     "outliers": (
@@ -122,8 +162,8 @@ def test_a_verdict_fails_as_soon_as_one_condition_does(name):
     assert outcome == "HOLDS" and sentence.startswith("HOLDS: ")
     assert [part for part in words if part not in sentence] == []
     for arguments in bad:
-        expected = PART if arguments[-1] == PART else NO
-        outcome, sentence = verdict(*[value for value in arguments if value != PART])
+        expected = arguments[-1] if arguments[-1] in (PART, OPEN) else NO
+        outcome, sentence = verdict(*[value for value in arguments if value not in (PART, OPEN)])
         assert outcome == expected and sentence.startswith(expected), arguments
     if name == "elo":  # it says what failed, and in which seed
         _, sentence = verdict([LEADS, LEADS | {"only, red-team": 1.0}])
@@ -259,7 +299,7 @@ def run(tiny_runs):
 def test_a_script_runs_and_draws_and_ends_with_its_verdict(tiny_runs, name):
     printed, where = tiny_runs
     assert printed[name].endswith("END\n"), printed[name][-2000:]
-    assert printed[name].splitlines()[-2].startswith(("HOLDS", "DOES NOT HOLD"))
+    assert printed[name].splitlines()[-2].startswith(("HOLDS", "DOES NOT HOLD", "NOT DECIDED"))
     with open(where / f"{name}.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) > 1
     assert not (where / f"out/experiments/{name}.csv").exists()  # would replace real results
