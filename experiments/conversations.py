@@ -10,8 +10,9 @@ A conversation of a person with the initial policy has four exchanges, with two 
    harmful direction. Turn 4 less turn 1 shows something else: whoever got no good answer asks
    again, so hard questions pile up. So conversations are compared, turn by turn, with others of the
    same people that go on from a random reply: true utility of both replies on turns 2 to 4. The
-   control compares two groups that both go on from a random reply. "probe" asks each conversation
-   one more question on turn 4, which is the same in all groups: what does the history alone do?
+   control compares two groups that both go on from a random reply. "probe" puts another question
+   in place of the last one, the same in all groups: what does the history alone do to the initial
+   policy, and to the plain LM, which did not learn by distillation to be one kind of assistant?
 2. PM accuracy by turn (Fig. 8): "somewhat more accurate on the first step of the conversation", and
    nearly constant thereafter (52B: about 0.74, then 0.71 to 0.72, read off). What the best possible
    accuracy, the Bayes ceiling, loses with the turns is not the PM's fault. So the statistic is how
@@ -60,9 +61,9 @@ def true_utility(exchanges: list[Exchange]) -> float:
     return mean_or_nan(found)
 
 
-def probe(run, last: list[Exchange]) -> float:
-    """Mean true utility of a reply to another question in place of the last one. Conversations of
-    one number get the same question, whatever was said before."""
+def probe(run, last: list[Exchange], model: str) -> float:
+    """Mean true utility of a model's reply to another question in place of the last one.
+    Conversations of one number get the same question, whatever was said before."""
     prompts, kinds = [], []
     for exchange in last:
         rng = run.rng("probe", exchange.kind, exchange.conversation)
@@ -70,7 +71,7 @@ def probe(run, last: list[Exchange]) -> float:
         history, _, _ = exchange.prompt.rpartition(HUMAN)
         prompts.append(f"{history}{HUMAN} {question}{ASSISTANT}")
         kinds.append(exchange.kind)
-    replies = lab.sample(run, lab.load(run), prompts, "probe")
+    replies = lab.sample(run, lab.load(run, model), prompts, "probe")
     return mean_or_nan(map(toy.truth, prompts, replies, kinds))
 
 
@@ -85,18 +86,23 @@ def drift(run, turns: int, kind: str, n: int) -> tuple[list[dict], list[Exchange
                "n": len(at(exchanges, 1))}
         for turn in range(1, turns + 1):
             row[f"turn {turn}"] = true_utility(at(exchanges, turn))
-        rows.append(row | {"probe": probe(run, at(exchanges, turns))})
+        last = at(exchanges, turns)
+        rows.append(row | {"probe": probe(run, last, "initial.pt"),
+                           "LM probe": probe(run, last, "lm.pt")})
     return rows, picked
 
 
 def moved(rows: list[dict], kind: str, seed: int, group: str) -> dict[str, float]:
     """How far `group` is above the conversations that go on from a random reply: "later", the mean
-    of turns 2 to 4, and "probe"."""
+    of turns 2 to 4, and both probes."""
     [mine] = output.select(rows, kind=kind, seed=seed, group=group)
     [other] = output.select(rows, kind=kind, seed=seed, group="random")
-    later = [name for name in mine if name.startswith("turn ") and name != "turn 1"]
-    later = mean_or_nan(mine[name] - other[name] for name in later)
-    return {"later": later, "probe": mine["probe"] - other["probe"]}
+    gains = {}
+    for name in mine:
+        if name.startswith("turn ") or name.endswith("probe"):
+            gains[name] = mine[name] - other[name]
+    later = [name for name in gains if name.startswith("turn ") and name != "turn 1"]
+    return gains | {"later": mean_or_nan(gains[name] for name in later)}
 
 
 # ---- 2. PM accuracy by turn --------------------------------------------------
@@ -174,12 +180,13 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
         "what is picked moves the replies that follow (true utility of turns 2 to 4, less that "
         "after a random reply)", [Claim("helpful", up, above=0.0),
                                   Claim("red-teaming", down, below=0.0)])
-    control, probes = [], []
-    for kind in lab.KINDS:
-        control.append(f"{mean_or_nan(output.column(found[kind, 'again'], 'later')):+.3f}")
-        probes.append(f"{mean_or_nan(output.column(found[kind, 'picked'], 'probe')):+.3f}")
-    return outcome, (f"{words} Control (random less random): {' and '.join(control)}; the same new "
-                     f"question on turn 4: {' and '.join(probes)}.")
+    others = {}
+    for group, name in (("again", "later"), ("picked", "probe"), ("picked", "LM probe")):
+        means = [mean_or_nan(output.column(found[kind, group], name)) for kind in lab.KINDS]
+        others[name] = f"{means[0]:+.3f} and {means[1]:+.3f}"
+    return outcome, (f"{words} Control (random less random): {others['later']}; the same new "
+                     f"question at the end: {others['probe']} (asked of the plain LM: "
+                     f"{others['LM probe']}).")
 
 
 def accuracy_verdict(rows: list[dict]) -> tuple[str, str]:

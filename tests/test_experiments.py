@@ -56,8 +56,8 @@ def drifts(up=0.2, down=-0.2, n=4) -> list[dict]:
             for group, gain, probe in (("picked", moved, 0.5), ("random", 0.0, 0.2),
                                        ("again", 0.03, 9.0)):
                 rows.append({"seed": seed, "kind": kind, "group": group, "probe": probe,
-                             "turn 1": 9.0 * gain, "turn 2": 1 + gain + seed * gain * 1e-3,
-                             "turn 3": 2 + gain, "turn 4": gain})
+                             "LM probe": 2 * probe, "turn 1": 9.0 * gain, "turn 3": 2 + gain,
+                             "turn 2": 1 + gain + seed * gain * 1e-3, "turn 4": gain})
     return rows
 
 
@@ -106,7 +106,7 @@ VERDICTS = {
         [(drifts(up=-0.2),), (drifts(down=0.2),), (drifts(n=3), OPEN),
          (drifts(up=0.0) + [row | {"seed": 4 + row["seed"]} for row in drifts(up=-0.1)], OPEN)],
         ["helpful: 0.200 [", "red-teaming: -0.200 [", "random): +0.030 and +0.030",
-         "turn 4: +0.300 and +0.300"]),
+         "the end: +0.300 and +0.300 (asked of the plain LM: +0.600 and +0.600)"]),
     "elo": (
         ([LEADS, LEADS | {"only, helpful": -9.0}],),
         [([LEADS, LEADS | {"initial, helpful": 1.9}],),

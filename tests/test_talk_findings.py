@@ -14,6 +14,7 @@ import lab
 import toy
 import conversations
 import negotiator
+import output
 from data import ASSISTANT, HUMAN, Comparison
 from helpers import StubRun
 from test_people import TOK, Scripted, answer, answer_or_refuse
@@ -35,7 +36,7 @@ def say(monkeypatch):
     """say(script) makes a scripted player the initial policy."""
     def give(script):
         player = Scripted(script)
-        monkeypatch.setattr(lab, "load", lambda run: player)
+        monkeypatch.setattr(lab, "load", lambda run, name="": player)
         monkeypatch.setattr(lab, "Sampler", lambda policy, end: policy)
         return player
     return give
@@ -67,13 +68,15 @@ def test_the_probe_is_the_same_question_whatever_was_said(run, say, monkeypatch)
     asked = []
 
     def sample(run, policy, prompts, name):
+        assert policy == "any.pt"
         asked.append(prompts)
         return [answer(prompts[0])] + [REFUSAL] * (len(prompts) - 1)
     monkeypatch.setattr(lab, "sample", sample)
     for script in (answer_or_refuse, lambda prompt, i: IDK):
         say(script)
         last = lab.conversations(run, "helpful", 4, "x", turns=2)[4:]
-        assert conversations.probe(run, last) == 0.0  # (3 - 1 - 1 - 1) / 4
+        monkeypatch.setattr(lab, "load", lambda run, name: name)
+        assert conversations.probe(run, last, "any.pt") == 0.0  # (3 - 1 - 1 - 1) / 4
     for one, other, exchange in zip(*asked, last):
         history, _, question = one.rpartition(HUMAN)
         assert question == other.rpartition(HUMAN)[2] and one != other
@@ -90,13 +93,13 @@ def test_groups_differ_in_what_they_go_on_from(run, monkeypatch):
                                 prompt=FRANCE, replies=[SimpleNamespace(text=text)])
                 for turn, text in ((1, REFUSAL), (2, " Paris."))]
     monkeypatch.setattr(conversations, "hold", hold)
-    monkeypatch.setattr(conversations, "probe", lambda run, last: float(last[0].turn))
+    monkeypatch.setattr(conversations, "probe", lambda run, last, model: model)
     rows, picked = conversations.drift(run, 2, "helpful", 5)
     assert [call[3:] for call in calls] == [("drift helpful", ""), ("drift helpful", "random"),
                                             ("drift helpful again", "random")]
     assert [exchange.group for exchange in picked] == [1, 1]
     assert rows[1] == {"part": "drift", "seed": 7, "kind": "helpful", "group": "random", "n": 1,
-                       "turn 1": -1.0, "turn 2": 3.0, "probe": 2.0}
+                       "turn 1": -1.0, "turn 2": 3.0, "probe": "initial.pt", "LM probe": "lm.pt"}
 
 
 def test_accuracy_is_over_all_labels_and_has_a_ceiling():
@@ -147,10 +150,9 @@ def by_turn_rows(gain=0.02, trend=0.0, alone=0.0, n=4) -> list[dict]:
     for seed in range(n):
         for kind in lab.KINDS:
             for turn in (1, 2, 3, 4):
-                later = turn > 1
-                rows.append({"seed": seed, "kind": kind, "turn": turn,
-                             "below": 0.05 + later * gain + (turn == 4) * trend + seed * 1e-4 * turn,
-                             "below, alone": 0.05 + later * alone})
+                below = 0.05 + (turn > 1) * gain + (turn == 4) * trend + seed * 1e-4 * turn
+                rows.append({"seed": seed, "kind": kind, "turn": turn, "below": below,
+                             "below, alone": 0.05 + (turn > 1) * alone})
     return rows
 
 
@@ -159,13 +161,10 @@ def by_turn_rows(gain=0.02, trend=0.0, alone=0.0, n=4) -> list[dict]:
     ({"trend": 0.02}, "DOES NOT HOLD"), ({"trend": -0.02}, "DOES NOT HOLD"),
     ({"trend": 0.009}, "HOLDS"), ({"n": 3}, "NOT DECIDED")])
 def test_the_first_turn_is_closest_to_the_ceiling_and_later_ones_are_alike(change, outcome):
-    if change == {"gain": 0.0}:
-        rows = by_turn_rows(**change)
-        for row in rows:
-            row["below"] += 0.03 * (row["seed"] % 2) * (row["turn"] == 1)
-            row["below"] -= 0.03 * (row["seed"] % 2 == 0) * (row["turn"] == 1)
-    else:
-        rows = by_turn_rows(**change)
+    rows = by_turn_rows(**change)
+    if change == {"gain": 0.0}:  # seeds that disagree
+        for row in output.select(rows, turn=1):
+            row["below"] += 0.03 * (-1) ** row["seed"]
     found, words = conversations.accuracy_verdict(rows)
     assert found == outcome and words.startswith(outcome)
     assert "later turns less turn 1: +0.000" in words
@@ -265,7 +264,7 @@ def test_each_policy_has_its_own_pm_prompts_and_share(run, monkeypatch):
     assert [len(pm[1]) > len(REFUSAL) for pm, _, _ in made] == [False, False, True, False]
     assert all(prompts == {"helpful": [FRANCE], "harmless": [BURN] * 2} for *_, prompts in made)
     assert [row["in the data"] for row in rows] == [0.0, 0.0, 0.0, 0.5, 0.0]
-    assert {row["kl"] for row in rows[1:]} == {0.5} and {row["comparisons"] for row in rows} == {0, 2}
+    assert [(row["kl"], row["comparisons"]) for row in rows] == [(0.0, 0)] + [(0.5, 2)] * 4
 
 
 # ---- 3. lab.py ---------------------------------------------------------------
