@@ -248,9 +248,8 @@ def experiment(args):
     output.table(rows)
     print("The PM's accuracy on held-out comparisons by turn")
     output.table(pm_rows)
-    sentences = verdict(rows)[1], accuracy_verdict(pm_rows)[1]
     output.finish("conversations", args, rows + pm_rows, lambda plt: draw(plt, rows, pm_rows),
-                  "\n".join(sentences))
+                  f"{verdict(rows)[1]}\n{accuracy_verdict(pm_rows)[1]}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """§4.4: who goes on from the worst reply rarely sees a "hostage negotiator"; and over-refusal.
 
     python experiments/negotiator.py          # 1 seed; minutes
-    python experiments/negotiator.py --full   # 4 seeds (language models)
+    python experiments/negotiator.py --full   # 4 seeds (language models), longer RL
 
 A negotiator refuses a harmful request, says why, and offers something else. Its true harmlessness
 is 2, a plain refusal's 1. The initial policy says such a thing in a few replies of a hundred. HH
@@ -13,7 +13,8 @@ reply, so "beyond the first turn" the data hold few good ones. HH give no number
    ones. On each, a PM is trained, and a policy with PPO against it; prompts are those of the
    comparisons. How often is a reply to a held-out red-team prompt after some earlier exchanges a
    negotiator's? The verdict: more often after "best". The control is "worst" again, with other
-   people: its difference is chance.
+   people: its difference is chance. "bonus" is what the PM adds to a plain refusal's score for a
+   reason and an offer after it (the truth: 1).
 2. Over-refusal. Against the PM of "worst", RL with 90% red-team prompts and with 10%. The verdict:
    with 90%, more benign requests that look harmful ("burn a candle") are refused. HH saw the same
    exaggerated answer to anything sensitive, which a larger share of helpful prompts partly cured.
@@ -45,6 +46,15 @@ def red_team(run, n: int, group: str) -> list[Comparison]:
         if exchange.comparison is not None:
             found.append(exchange.comparison)
     return run.rng("negotiator", group).sample(found, min(n, len(found)))
+
+
+def bonus(run, pm, prompts: list[str]) -> float:
+    """The PM's mean score of a negotiator's reply, less that of a plain refusal."""
+    refusal = f" {toy.REFUSALS[0]}"
+    negotiator = f"{refusal} {toy.REASONS[0]} {toy.ALTERNATIVES[0]}"
+    pairs = [Comparison(prompt, negotiator, refusal, "harmless") for prompt in prompts]
+    chosen, rejected = lab.scores(run, pm, pairs)
+    return (chosen - rejected).mean().item()
 
 
 def negotiates(prompt: str, reply: str) -> bool:
@@ -91,7 +101,7 @@ def one_seed(run, cfg: RLConfig, n: int, n_test: int) -> list[dict]:
     """A row for each policy."""
     tests, helpful = draw_tests(run, n_test), lab.comparisons(run, n)
     rows = [{"seed": run.seed, "group": "initial", "red_team_share": 0.0, "comparisons": 0,
-             "in the data": 0.0, "kl": 0.0} | measure(run, lab.load(run), tests)]
+             "in the data": 0.0, "bonus": 0.0, "kl": 0.0} | measure(run, lab.load(run), tests)]
     for group in KEEP:
         red = red_team(run, n, group)
         pm = lab.train_pm_on(run, helpful + red)
@@ -103,6 +113,7 @@ def one_seed(run, cfg: RLConfig, n: int, n_test: int) -> list[dict]:
             learner, path = lab.ppo(run, pm, cfg, prompts=prompts)
             rows.append({"seed": run.seed, "group": group, "red_team_share": share,
                          "comparisons": len(red), "in the data": mean_or_nan(said),
+                         "bonus": bonus(run, pm, tests["later turns"]),
                          "kl": path[-1]["kl"]} | measure(run, learner.policy, tests))
     return rows
 
@@ -118,22 +129,26 @@ def differences(rows: list[dict], name: str, more: dict, less: dict) -> list[flo
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:
-    most, fewest = SHARES
-    worst = {"group": "worst", "red_team_share": most}
-    few = {"group": "worst", "red_team_share": fewest}
-    negotiator = differences(rows, "negotiator", {"group": "best"}, worst)
-    first = differences(rows, "on first turns", {"group": "best"}, worst)
-    chance = differences(rows, "negotiator", {"group": "worst again"}, worst)
-    alike, others = (differences(rows, name, worst, few) for name in ("look-alikes", "others"))
+    best, again = {"group": "best"}, {"group": "worst again"}
+    worst = {"group": "worst", "red_team_share": SHARES[0]}
     outcome, words = decide.sentence(
-        "going on from the best reply teaches the negotiator, and many red-team prompts teach to "
-        "refuse too much",
-        [Claim("negotiators on later turns, best less worst", negotiator, above=0.0),
-         Claim(f"refused look-alikes, {most:.0%} less {fewest:.0%} red-team prompts", alike,
-               above=0.0)])
-    return outcome, (f"{words} Controls: worst again less worst {mean_or_nan(chance):+.3f}; other "
-                     f"benign requests {mean_or_nan(others):+.3f}. On first turns, best less worst "
-                     f"{mean_or_nan(first):+.3f}.")
+        "going on from the best reply teaches the negotiator",
+        [Claim("negotiators on later turns, best less worst",
+               differences(rows, "negotiator", best, worst), above=0.0)])
+    chance = mean_or_nan(differences(rows, "negotiator", again, worst))
+    first = mean_or_nan(differences(rows, "on first turns", best, worst))
+    return outcome, (f"{words} Control: worst again less worst {chance:+.3f}. On first turns, best "
+                     f"less worst {first:+.3f}.")
+
+
+def refusal_verdict(rows: list[dict]) -> tuple[str, str]:
+    most, fewest = ({"group": "worst", "red_team_share": share} for share in SHARES)
+    outcome, words = decide.sentence(
+        "many red-team prompts in RL teach to refuse what only looks harmful",
+        [Claim(f"refused look-alikes, {SHARES[0]:.0%} less {SHARES[1]:.0%} red-team prompts",
+               differences(rows, "look-alikes", most, fewest), above=0.0)])
+    others = mean_or_nan(differences(rows, "others", most, fewest))
+    return outcome, f"{words} Control: other benign requests {others:+.3f}."
 
 
 def mean_rows(rows: list[dict]) -> list[dict]:
@@ -164,9 +179,10 @@ def draw(plt, rows):
 
 
 def experiment(args):
-    n, n_test, n_seeds, cfg = 2000, 300, 1, RLConfig(iterations=30, eval_every=1000)
+    n, n_test, n_seeds = 1500, 200, 1
+    cfg = RLConfig(iterations=15, eval_every=1000, eval_prompts=128)
     if args.full:
-        n, n_test, n_seeds = 4000, 400, 4
+        n, n_test, n_seeds, cfg = 3000, 400, 4, dataclasses.replace(cfg, iterations=25)
     if args.tiny:
         n, n_test = 90, 40
         cfg = RLConfig(iterations=1, batch=16, minibatch=8, eval_every=1000, eval_prompts=16)
@@ -177,8 +193,8 @@ def experiment(args):
                             lambda: one_seed(run, cfg, n, n_test))
     print(f"Shares of replies to held-out prompts; means over n = {n_seeds} seeds")
     output.table(mean_rows(rows))
-    _, sentence = verdict(rows)
-    output.finish("negotiator", args, rows, lambda plt: draw(plt, rows), sentence)
+    output.finish("negotiator", args, rows, lambda plt: draw(plt, rows),
+                  f"{verdict(rows)[1]}\n{refusal_verdict(rows)[1]}")
 
 
 if __name__ == "__main__":

@@ -185,6 +185,15 @@ def test_what_a_negotiator_says(reply, expected):
     assert negotiator.negotiates(BURN, reply) == expected
 
 
+def test_the_bonus_is_of_a_negotiator_over_a_plain_refusal(run, monkeypatch):
+    def scores(run, pm, pairs):
+        chosen = [negotiator.negotiates(pair.prompt, pair.chosen) for pair in pairs]
+        refused = [toy.harmlessness(pair.prompt, pair.rejected) for pair in pairs]
+        return 5 * torch.tensor(chosen).float(), torch.tensor(refused)
+    monkeypatch.setattr(lab, "scores", scores)
+    assert negotiator.bonus(run, None, [BURN, BURN]) == 5 - 1
+
+
 @pytest.mark.parametrize("group, kept", [("worst", "rejected"), ("best", "chosen"),
                                          ("worst again", "rejected")])
 def test_what_red_teaming_goes_on_from(run, say, group, kept):
@@ -247,7 +256,8 @@ def test_each_policy_has_its_own_pm_prompts_and_share(run, monkeypatch):
     def ppo(run, pm, cfg, prompts):
         made.append((pm, cfg.harmless_share, prompts))
         return SimpleNamespace(policy=len(made)), [{"kl": 0.0}, {"kl": 0.5}]
-    monkeypatch.setattr(negotiator, "draw_tests", lambda run, n: {})
+    monkeypatch.setattr(negotiator, "draw_tests", lambda run, n: {"later turns": [BURN]})
+    monkeypatch.setattr(negotiator, "bonus", lambda run, pm, prompts: len(pm))
     monkeypatch.setattr(negotiator, "measure", lambda run, policy, tests: {"policy": policy})
     monkeypatch.setattr(negotiator, "red_team", lambda run, n, group: pairs(
         BURN, REFUSAL + (REASON + OFFER if group == "best" else "")))
@@ -264,7 +274,8 @@ def test_each_policy_has_its_own_pm_prompts_and_share(run, monkeypatch):
     assert [len(pm[1]) > len(REFUSAL) for pm, _, _ in made] == [False, False, True, False]
     assert all(prompts == {"helpful": [FRANCE], "harmless": [BURN] * 2} for *_, prompts in made)
     assert [row["in the data"] for row in rows] == [0.0, 0.0, 0.0, 0.5, 0.0]
-    assert [(row["kl"], row["comparisons"]) for row in rows] == [(0.0, 0)] + [(0.5, 2)] * 4
+    assert [(row["kl"], row["comparisons"], row["bonus"]) for row in rows] == (
+        [(0.0, 0, 0.0)] + [(0.5, 2, 3)] * 4)
 
 
 # ---- 3. lab.py ---------------------------------------------------------------
