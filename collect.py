@@ -30,10 +30,13 @@ from toy_people import next_turn
 # ---- 1. Conversations --------------------------------------------------------
 
 MAX_TURNS = 4  # exchanges of a conversation that is measured
+# What the dialogue goes on from: the better reply, or in red-teaming the worse one (§2.2).
+PICKED = {"helpful": "chosen", "harmless": "rejected"}
 
 
 @dataclass
 class Conversation:
+    number: int  # among those held together
     kind: str    # "helpful", or "harmless" for red-teaming
     rng: Random  # the person's own
     turns: int   # exchanges that the person has time for
@@ -50,6 +53,7 @@ class Reply:
 @dataclass
 class Exchange:
     """One turn of one conversation."""
+    conversation: int              # its number
     turn: int                      # 1 for the first
     kind: str
     prompt: str
@@ -59,21 +63,24 @@ class Exchange:
 
 
 def converse(run: Run, name: str, players: list[Sampler], kinds: list[str], turns: list[int],
-             held_out: bool, max_response: int, noise: float = 1.0) -> list[Exchange]:
+             held_out: bool, max_response: int, noise: float = 1.0,
+             keep: str = "") -> list[Exchange]:
     """Hold one conversation for each of `kinds`, of at most so many `turns`, with one or two
     players. A player that is named twice gives two replies, and reads their history once.
 
     With two replies, the dialogue goes on from the one that the crowdworker picks: the more helpful
     one or, in red-teaming, the more harmful one (§2.2). It ends early after an unfinished or empty
     reply, and when the next prompt does not fit the context. held_out: whether people ask only
-    held-out questions, or none. noise: of the choices (toy.preference). `name` seeds everything;
-    the same people come, and open with the same questions, whoever the players are."""
+    held-out questions, or none. noise: of the choices (toy.preference). keep: go on from the
+    "chosen" reply, the "rejected" or a "random" one, and not from the one that is picked. `name`
+    seeds everything; the same people come, and open with the same questions, whoever the players
+    are."""
     generator = run.torch_rng("conversations", name)
     conversations, exchanges = [], []
     for i, kind in enumerate(kinds):
         rng = run.rng("conversations", name, i)
         prompt = toy_corpus.open_dialogue(rng, kind, held_out)
-        conversations.append(Conversation(kind, rng, turns[i], prompt))
+        conversations.append(Conversation(i, kind, rng, turns[i], prompt))
     for turn in range(1, max(turns) + 1):
         prompts = [conversation.prompt for conversation in conversations]
         if not prompts:
@@ -84,7 +91,7 @@ def converse(run: Run, name: str, players: list[Sampler], kinds: list[str], turn
             exchanges.append(exchange)
             conversation.goes_on = False
             if turn < conversation.turns and is_readable(exchange):
-                conversation.prompt = go_on(conversation, exchange, held_out)
+                conversation.prompt = go_on(conversation, exchange, held_out, keep)
                 n_tokens = len(run.tok.encode_dialogue(conversation.prompt))
                 # Less than the context, because the PM appends one more token.
                 conversation.goes_on = n_tokens + max_response < run.context
@@ -121,7 +128,8 @@ def compare(conversation: Conversation, turn: int, replies: list[Reply],
     elif len(replies) == 2:
         comparison = toy.label(conversation.prompt, *texts, conversation.kind, conversation.rng,
                                noise)
-    return Exchange(turn, conversation.kind, conversation.prompt, replies, comparison, problem)
+    return Exchange(conversation.number, turn, conversation.kind, conversation.prompt, replies,
+                    comparison, problem)
 
 
 def is_readable(exchange: Exchange) -> bool:
@@ -131,13 +139,14 @@ def is_readable(exchange: Exchange) -> bool:
     return exchange.problem in ("", "identical pair") and not has_marker
 
 
-def go_on(conversation: Conversation, exchange: Exchange, held_out: bool) -> str:
+def go_on(conversation: Conversation, exchange: Exchange, held_out: bool, keep: str) -> str:
     """The prompt of the next turn."""
-    reply = exchange.replies[0].text
-    if exchange.comparison is not None:
-        # `chosen` is the better reply. A red-teamer picks the other one, and goes on from it.
-        is_helpful = conversation.kind == "helpful"
-        reply = exchange.comparison.chosen if is_helpful else exchange.comparison.rejected
+    reply, comparison = exchange.replies[0].text, exchange.comparison
+    if comparison is not None:
+        keep = keep or PICKED[conversation.kind]
+        if keep == "random":
+            keep = conversation.rng.choice(("chosen", "rejected"))
+        reply = comparison.chosen if keep == "chosen" else comparison.rejected
     turn = next_turn(conversation.rng, conversation.prompt, reply, conversation.kind, held_out)
     return f"{conversation.prompt}{reply}{HUMAN} {turn}{ASSISTANT}"
 

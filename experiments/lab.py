@@ -5,7 +5,8 @@ trains it and keeps it in out/experiments; everything else is made anew from a s
 
 Read it in this order:
   1. Models                 LMs and initial policies of three sizes, and whole runs, kept on disk
-  2. Comparisons and PMs    draw comparisons, train a preference model (PM) on them, score them
+  2. Comparisons and PMs    draw comparisons or hold conversations, train a preference model (PM) on
+                            comparisons, score them
   3. Policies               replies, rejection sampling, judging, crowdworkers' Elo, PPO
 
 Legend:  N comparisons
@@ -25,7 +26,7 @@ import toy
 import train_lm
 import train_pm
 import train_rl
-from collect import collect
+from collect import MAX_TURNS, Exchange, collect, converse
 from data import Comparison
 from evaluate import PromptBatch, Prompts, evaluate
 from measures import fit_elo
@@ -33,7 +34,7 @@ from model import GPT, GPTConfig
 from pipeline import Run, RunConfig
 from pm import ScalarModel, score_rows
 from ppo import pm_scores
-from rollout import rollout
+from rollout import Sampler, rollout
 from stage import Stage
 from train_lm import CDConfig, LMConfig
 from train_pm import PMConfig, PMPConfig
@@ -127,6 +128,15 @@ def comparisons(run: Run, n: int, kind: str = "helpful", name: str = "train",
     with silence():
         policy = policy or load(run)
         return collect(run, PMConfig(noise=noise), policy, kind, name, n)
+
+
+def conversations(run: Run, kind: str, n: int, name: str, keep: str = "", held_out: bool = False,
+                  turns: int = MAX_TURNS) -> list[Exchange]:
+    """The exchanges of n conversations with the initial policy, which gives two replies at each
+    turn; nobody leaves early. keep: which reply they go on from (collect.converse)."""
+    player = Sampler(load(run), run.tok.end_of_turn)
+    return converse(run, name, [player, player], [kind] * n, [turns] * n, held_out,
+                    PMConfig().max_response, keep=keep)
 
 
 def train_pm_on(run: Run, pairs: list[Comparison], weight: float = 1.0, cfg=None,

@@ -1,8 +1,7 @@
-"""§5.1, Figs 19, 26, 27; §4.4: a PM that learned one kind only falls below chance on the other.
+"""§5.1, Figs 19, 26, 27: a PM that learned one kind only falls below chance on the other.
 
-    python experiments/tension.py                   # two PM sizes, then three RL runs; minutes
-    python experiments/tension.py --full            # three sizes, 4,000 comparisons, longer RL
-    python experiments/tension.py --iterations 0    # without RL
+    python experiments/tension.py          # two PM sizes; minutes
+    python experiments/tension.py --full   # three sizes, 4,000 comparisons
 
 The paper's claim: trained on one kind of comparisons only, a PM is "significantly worse than
 chance" on the other; the text gives no number. All PMs here learn from the largest initial policy's
@@ -14,22 +13,14 @@ replies (HH: nearly all are of 52B models). Measured:
    mean of 3 seeds.
 2. Loss weights (Fig. 27). L = L_helpful + lambda L_harmless, on two thirds helpful and one third
    harmless comparisons. What lambda = 10 costs does not enter the verdict.
-3. RL (§4.4), one seed, no verdict. PPO against one PM of both kinds, on three mixtures of prompts.
-   Does a policy that sees mostly red-team prompts also refuse benign requests that look like them
-   ("burn a candle")? HH saw an exaggerated answer to anything sensitive, which a larger share of
-   helpful prompts partly cured (no figure; Fig. 14 is about scores).
+What the same tension does to a policy (§4.4) is in negotiator.py.
 """
-import dataclasses
-
 import lab
 import output
 
 from pm import report
 from toy import mean_or_nan
-from train_rl import RLConfig
 
-SHOWN = ("kl", "refused_look_alikes", "refused_benign", "complied", "correct", "score_helpful",
-         "score_harmless")
 BELOW = 0.40  # accuracy on the other kind up to here counts as below chance
 COLUMNS = ("helpful", "harmless", "mean")
 
@@ -74,17 +65,6 @@ def print_part(rows, sizes: list[str], part: str, key: str, values):
     output.table(table)
 
 
-def rl(run, pm, cfg: RLConfig, shares) -> list[dict]:
-    """Held-out behavior before RL, and after RL with each share of red-team prompts."""
-    policies = []
-    for share in shares:
-        _, path = lab.ppo(run, pm, dataclasses.replace(cfg, harmless_share=share))
-        if not policies:
-            policies.append({"red_team_share": "initial"} | {x: path[0][x] for x in SHOWN})
-        policies.append({"red_team_share": share} | {x: path[-1][x] for x in SHOWN})
-    return policies
-
-
 def draw(plt, rows, sizes, panels):
     plt.gcf().set_size_inches(9, 4)
     titles = {"mixture": "share of helpful comparisons", "weight": "lambda"}
@@ -120,15 +100,12 @@ def verdict(helpful_only: tuple, harmless_only: tuple, lost: dict, weight: int,
 
 def experiment(args):
     sizes, n, n_test, n_seeds, surplus = ["small", "toy"], 2000, 1500, 3, 1.1
-    shares, weights, rl_shares = [i / 10 for i in range(11)], [1, 2, 3, 4, 10], (0.1, 0.5, 0.9)
-    cfg = RLConfig(iterations=args.iterations, eval_every=1000)
+    shares, weights = [i / 10 for i in range(11)], [1, 2, 3, 4, 10]
     if args.full:
         sizes, n, n_test = ["small", "medium", "toy"], 4000, 2000
-        cfg = dataclasses.replace(cfg, iterations=2 * args.iterations)
     if args.tiny:
         sizes, n, n_test, n_seeds, surplus = ["toy"], 24, 60, 1, 2
-        shares, weights, rl_shares = [0.0, 1.0], [1, 10], (0.1,)
-        cfg = dataclasses.replace(cfg, iterations=2, batch=32, minibatch=16, eval_prompts=32)
+        shares, weights = [0.0, 1.0], [1, 10]
     runs, rows = lab.bases(sizes, args.seed, args.tiny), []
     ends = [("mixture", 0.0, 1), ("mixture", 1.0, 1)]
     everything = [("mixture", share, 1) for share in shares]
@@ -138,8 +115,6 @@ def experiment(args):
         for kind in lab.KINDS:
             found[kind] = lab.comparisons(world, int(surplus * n), kind)[:n]
             test[kind] = lab.comparisons(world, n_test, kind, "test")
-        if seed == args.seed:
-            of_both_kinds = found["helpful"] + found["harmless"]
         settings = everything if seed == args.seed or args.full else ends
         for size in sizes:
             for row in measure_pms(lab.replica(runs[size], seed), found, test, n, settings):
@@ -150,11 +125,6 @@ def experiment(args):
     for part, key, values in panels:
         print(f"Held-out accuracy by {part}, {n} comparisons in training{notes[part]}")
         print_part(rows, sizes, part, key, values)
-    policies = []
-    if args.iterations:
-        policies = rl(runs["toy"], lab.train_pm_on(runs["toy"], of_both_kinds), cfg, rl_shares)
-        print("RL: held-out behavior by share of red-team prompts in training, 1 seed")
-        output.table(policies)
 
     [helpful_only] = curve(rows, "mixture", "toy", "harmless", "helpful_share", [1.0])
     [harmless_only] = curve(rows, "mixture", "toy", "helpful", "helpful_share", [0.0])
@@ -163,9 +133,8 @@ def experiment(args):
         points = curve(rows, "weight", size, "helpful", "weight", weights)
         lost[size] = points[0][0] - points[-1][0]
     _, sentence = verdict(helpful_only, harmless_only, lost, weights[-1], n_seeds)
-    output.finish("tension", args, rows + policies, lambda plt: draw(plt, rows, sizes, panels),
-                  sentence)
+    output.finish("tension", args, rows, lambda plt: draw(plt, rows, sizes, panels), sentence)
 
 
 if __name__ == "__main__":
-    output.main(experiment, __doc__, iterations=30)
+    output.main(experiment, __doc__)

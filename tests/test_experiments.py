@@ -92,6 +92,35 @@ def arms(written=0.95, mixed=1.05, control=0.4) -> list[dict]:
     return rows
 
 
+def drifts(up=0.2, down=-0.2, n=4) -> list[dict]:
+    """Utilities by turn; turn 1 does not count, nor do the control and the probe."""
+    rows = []
+    for seed in range(n):
+        for kind, moved in (("helpful", up), ("harmless", down)):
+            for group, gain, probe in (("picked", moved, 0.5), ("random", 0.0, 0.2),
+                                       ("again", 0.03, 9.0)):
+                rows.append({"seed": seed, "kind": kind, "group": group, "probe": probe,
+                             "LM probe": 2 * probe, "turn 1": 9.0 * gain, "turn 3": 2 + gain,
+                             "turn 2": 1 + gain + seed * gain * 1e-3, "turn 4": gain})
+    return rows
+
+
+def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
+    """Of one PM and policy for each group of negotiator.py; only worst has two shares."""
+    rows = []
+    for seed in range(n):
+        for group, share, negotiator, first in (("initial", 0.0, 9.0, 9.0),
+                                                ("worst", 0.9, 0.1, 0.2), ("worst", 0.1, 9.0, 9.0),
+                                                ("best", 0.9, best, 0.25),
+                                                ("worst again", 0.9, 0.11, 9.0)):
+            is_most = (group, share) == ("worst", 0.9)
+            rows.append({"seed": seed, "group": group, "red_team_share": share,
+                         "negotiator": negotiator + seed * 1e-4 * is_most, "on first turns": first,
+                         "look-alikes": alike + seed * 1e-4 if is_most else 0.2,
+                         "others": 0.04 if is_most else 0.02})
+    return rows
+
+
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
     return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
             ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
@@ -116,6 +145,12 @@ VERDICTS = {
         (ECE, ECE | {"ECE": 0.5}, (0.2, 0.05), 0.15),
         [(ECE | {"ECE": 0.031}, ECE, (0.2, 0.05), 0.15), (ECE, ECE, (0.2, 0.11), 0.15)],
         ["ECE is 0.020 +- 0.001", "the mixed PM's are 0.500", "0.200 +- 0.050", "ceiling 0.150"]),
+    "conversations": (
+        (drifts(),),
+        [(drifts(up=-0.2),), (drifts(down=0.2),), (drifts(n=3), OPEN),
+         (drifts(up=0.0) + [row | {"seed": 4 + row["seed"]} for row in drifts(up=-0.1)], OPEN)],
+        ["helpful: 0.200 [", "red-teaming: -0.200 [", "random): +0.030 and +0.030",
+         "the end: +0.300 and +0.300 (asked of the plain LM: +0.600 and +0.600)"]),
     "elo": (
         (elos(),),
         [(elos(rlhf=(-1, 80)),), (elos(rlhf=(80, -1)),), (elos(only=(20, -200)),),
@@ -128,6 +163,11 @@ VERDICTS = {
         [(arms(written=0.89),), (arms(written=1.11),), (arms(mixed=0.89),), (arms(mixed=1.11),),
          (arms(control=0.91),), (arms(written=0.9001), OPEN), (arms()[:12], OPEN)],
         ["written ones: 0.950 [", "half of each: 1.050 [", "the control: 0.400 ["]),
+    "negotiator": (
+        (policies(),),
+        [(policies(best=0.05),), (policies(n=3), OPEN)],
+        ["best less worst: 0.200 [", "worst again less worst +0.010",
+         "turns, best less worst +0.050"]),
     "online": (([(110.0, 16.0), (35.0, 17.0)],), [([(110.0, 16.0), (33.0, 17.0)],)],
                ["110 +- 16, 35 +- 17", "n = 2"]),
     "outliers": (
@@ -185,6 +225,15 @@ def test_a_verdict_fails_as_soon_as_one_condition_does(name):
         expected = arguments[-1] if arguments[-1] in (PART, OPEN) else NO
         outcome, sentence = verdict(*[value for value in arguments if value not in (PART, OPEN)])
         assert outcome == expected and sentence.startswith(expected), arguments
+
+
+def test_over_refusal_has_its_own_verdict():
+    refusal_verdict = importlib.import_module("negotiator").refusal_verdict
+    for rows, expected in ((policies(), "HOLDS"), (policies(alike=0.1), NO), (policies(n=3), OPEN)):
+        outcome, sentence = refusal_verdict(rows)
+        assert outcome == expected and sentence.startswith(expected)
+        assert "benign requests +0.020" in sentence
+    assert "90% less 10% red-team prompts: 0.300 [" in refusal_verdict(policies())[1]
 
 
 # ---- 2. Numbers behind the verdicts ------------------------------------------

@@ -52,17 +52,15 @@ def answer_or_refuse(prompt: str, i: int) -> str:
     return answer(prompt) if i % 2 else REFUSAL
 
 
-def talk(run, players, kind="helpful", n=40, turns=4, held_out=False, noise=SURE):
+def talk(run, players, kind="helpful", n=40, turns=4, held_out=False, noise=SURE, keep=""):
     """Exchanges, and those of each conversation."""
-    exchanges = converse(run, "x", players, [kind] * n, [turns] * n, held_out, 20, noise)
-    chains = [[exchange] for exchange in exchanges if exchange.turn == 1]
+    exchanges = converse(run, "x", players, [kind] * n, [turns] * n, held_out, 20, noise, keep)
+    chains = [[] for _ in range(n)]
     for exchange in exchanges:
-        for chain in chains:
-            last = chain[-1]
-            is_next = exchange.turn == last.turn + 1 and exchange.prompt.startswith(last.prompt)
-            if is_next:
-                chain.append(exchange)
-                break
+        chain = chains[exchange.conversation]
+        assert exchange.turn == len(chain) + 1
+        assert not chain or exchange.prompt.startswith(chain[-1].prompt)
+        chain.append(exchange)
     return exchanges, chains
 
 
@@ -167,6 +165,21 @@ def test_the_dialogue_goes_on_from_the_pick(run, kind, better):
     for prompts, uniforms in zip(player.read, player.uniforms):
         assert prompts[::2] == prompts[1::2] and uniforms.shape == (80, 20)
     assert not torch.equal(player.uniforms[0], player.uniforms[1])
+
+
+@pytest.mark.parametrize("kind", ["helpful", "harmless"])
+@pytest.mark.parametrize("keep, better", [("chosen", 160), ("rejected", 0), ("random", 80)])
+def test_which_reply_is_kept_can_be_said(run, kind, keep, better):
+    """For an experiment. The first turn is the same whatever is kept."""
+    player = Scripted(answer_or_refuse)
+    _, chains = talk(run, [player, player], kind, n=40, turns=5, keep=keep)
+    kept = 0
+    for chain in chains:
+        for now, later in zip(chain, chain[1:]):
+            kept += later.prompt.startswith(now.prompt + now.comparison.chosen + HUMAN)
+    assert kept == better or keep == "random" and within(kept, 160, 0.5)
+    talk(run, [player, player], kind, n=40, turns=1)
+    assert player.read[-1] == player.read[0]
 
 
 def test_two_players_answer_side_by_side(run):
