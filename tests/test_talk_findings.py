@@ -249,13 +249,15 @@ def test_shares_of_replies_to_each_test(run, monkeypatch):
         "look-alikes": 0.5, "others": 0.25}
 
 
-def test_each_policy_has_its_own_pm_prompts_and_share(run, monkeypatch):
+def test_each_policy_has_its_own_pm_prompts_and_share(run, monkeypatch, tmp_path):
+    run.path = lambda name: tmp_path / name
+
     def pairs(prompt, reply):
         return [Comparison(prompt, reply, IDK, "harmless", 0.7)] * 2
     made = []
 
     def ppo(run, pm, cfg, prompts):
-        made.append((pm, cfg.harmless_share, prompts))
+        made.append((pm, prompts.harmless_share, prompts.toy))
         return SimpleNamespace(policy=len(made)), [{"kl": 0.0}, {"kl": 0.5}]
     monkeypatch.setattr(negotiator, "draw_tests", lambda run, n: {"later turns": [BURN]})
     monkeypatch.setattr(negotiator, "bonus", lambda run, pm, prompts: len(pm))
