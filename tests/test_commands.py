@@ -897,8 +897,10 @@ def test_init_and_a_folder_made_with_it(tmp_path, call, pretrained, monkeypatch)
     root, out, init = write_set(tmp_path / "set"), tmp_path / "out", ["--init", pretrained[0]]
     args = ["--data", root, "--out", out, "--context", 160, "--cd.documents", 0]
     for script in SCRIPTS:
-        assert_one_sentence(call(script, *args, "--init", tmp_path / "typo"), "typo")
-        assert_one_sentence(call(script, *args, *init, "--context", 257), "256 positions")
+        people = ["--people", tmp_path / "none yet"] if script == "train_online.py" else []
+        assert_one_sentence(call(script, *args, *people, "--init", tmp_path / "typo"), "typo")
+        assert_one_sentence(call(script, *args, *people, *init, "--context", 257),
+                            "256 positions")
         assert not out.exists()
     shapes = []
     monkeypatch.setattr(pipeline, "check_stage", lambda name, cfg, *rest: shapes.append(cfg))
