@@ -174,7 +174,7 @@ def draw(plt, rows):
         for name, marker in zip(names, "os"):
             plt.plot(labels, output.column(policies, name), marker, label=name)
         plt.title("negotiators" if i == 1 else "refused benign requests", fontsize=9)
-        plt.ylim(0, None)
+        plt.ylim(bottom=0)
         plt.legend(fontsize=7)
 
 
