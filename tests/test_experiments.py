@@ -232,8 +232,9 @@ def test_over_refusal_has_its_own_verdict():
     for rows, expected in ((policies(), "HOLDS"), (policies(alike=0.1), NO), (policies(n=3), OPEN)):
         outcome, sentence = refusal_verdict(rows)
         assert outcome == expected and sentence.startswith(expected)
-        assert "benign requests +0.020" in sentence
+        assert "benign requests +0.020" in sentence and "other people " in sentence
     assert "90% less 10% red-team prompts: 0.300 [" in refusal_verdict(policies())[1]
+    assert "same share, other people -0.300" in refusal_verdict(policies())[1]
 
 
 # ---- 2. Numbers behind the verdicts ------------------------------------------
