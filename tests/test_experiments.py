@@ -628,12 +628,12 @@ def test_arms_of_rl_learn_from_their_own_prompts(run, monkeypatch):
 
 def test_a_gain_is_the_end_less_the_start_on_the_kinds_in_their_shares(run, monkeypatch):
     script = importlib.import_module("model_prompts")
-    numbers = dict(helpfulness=1.0, harmlessness=-2.0, correct=0.5, complied=0.5, kl=0.0)
+    numbers = dict(helpfulness=1.0, harmlessness=-1.0, correct=0.5, complied=0.5, kl=0.0)
     path = [numbers, numbers | dict(helpfulness=3.0, harmlessness=1.0)]
     monkeypatch.setattr(lab, "ppo", lambda *_, prompts: (None, path))
     monkeypatch.setattr(run, "load_model", lambda name: name)
     [row] = script.one_arm("mixed", run, RLConfig(), {})
-    assert row["gain"] == pytest.approx((2 * 2 + 3) / 3) and row["helpfulness"] == 3.0
+    assert row["gain"] == pytest.approx((2 * 2 + 2) / 3) and row["helpfulness"] == 3.0
 
 
 def test_a_header_stands_before_the_prompt_and_names_seed_the_draw(run):
