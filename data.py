@@ -26,7 +26,7 @@ from typing import Iterable, Iterator, Sequence
 import tiktoken
 import torch
 
-from run import UserError, check_is_file, progress, write_atomically
+from run import UserError, check_is_file, progress, write_atomically, write_jsonl
 
 # ---- 1. Dialogues ------------------------------------------------------------
 
@@ -217,32 +217,32 @@ def counts_line(counter: Counter) -> str:
 
 def write_comparisons(path, comparisons: Iterable[Comparison]):
     """The inverse of `read_comparisons`. The kind is in the folder's name, not in the file."""
-    lines = []
+    rows = []
     for c in comparisons:
         row = {"chosen": c.prompt + c.chosen, "rejected": c.prompt + c.rejected}
         if c.p_chosen is not None:
             row["p_chosen"] = c.p_chosen
-        lines.append(json.dumps(row) + "\n")
-    data = "".join(lines).encode()
-    if str(path).endswith(".gz"):
-        data = gzip.compress(data, mtime=0)  # no time in the file: same comparisons, same bytes
-    write_atomically(path, data)
+        rows.append(row)
+    write_jsonl(path, rows)
+
+
+def cut_prompt(prompt: list[int], room: int) -> list[int] | None:
+    """Drop the beginning of a prompt that does not fit. None if too little is left; callers count."""
+    if room < min(len(prompt), MIN_PROMPT):
+        return None
+    return prompt[max(0, len(prompt) - room):]
 
 
 def encode_comparison(tok: "Tokenizer", comparison: Comparison, context: int
                       ) -> tuple[list[int], list[int], list[int]] | None:
     """Encode a comparison as (prompt ids, chosen ids, rejected ids), or None if a reply is too
-    long; callers count these. context: the most tokens that the PM can read; one is kept free for
-    end_of_context. A prompt that does not fit loses its beginning, the same for both replies,
-    because both replies must follow the same prompt. Replies are never cut: the difference between
-    them might be in the part that was cut."""
-    prompt = tok.encode_dialogue(comparison.prompt)
+    long. context: the most tokens that the PM can read; one is kept free for end_of_context. The
+    longer reply decides how the prompt is cut. Replies are never cut: they may differ there."""
     chosen = tok.encode_reply(comparison.chosen)
     rejected = tok.encode_reply(comparison.rejected)
     room = context - 1 - max(len(chosen), len(rejected))
-    if room < min(len(prompt), MIN_PROMPT):
-        return None
-    return prompt[max(0, len(prompt) - room):], chosen, rejected
+    prompt = cut_prompt(tok.encode_dialogue(comparison.prompt), room)
+    return None if prompt is None else (prompt, chosen, rejected)
 
 
 # ---- 3. Batches --------------------------------------------------------------

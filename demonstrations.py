@@ -4,14 +4,13 @@ Read it in this order:
   1. Files      {"prompt": text, "reply": text} per line, read and written
   2. Examples   demonstrations as ids
 """
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from data import (ASSISTANT, HUMAN, MARKER, MIN_PROMPT, Tokenizer, counts_line, in_test,
+from data import (ASSISTANT, HUMAN, MARKER, Tokenizer, counts_line, cut_prompt, in_test,
                   read_jsonl)
-from run import UserError, write_atomically
+from run import UserError, write_jsonl
 
 # ---- 1. Files ----------------------------------------------------------------
 
@@ -79,8 +78,7 @@ def kind_of(row: dict) -> str:
 
 def write(path, found: list[Demonstration]):
     """Write a file that `read_written` reads."""
-    lines = [json.dumps(asdict(demonstration)) + "\n" for demonstration in found]
-    write_atomically(path, "".join(lines).encode())
+    write_jsonl(path, [asdict(demonstration) for demonstration in found])
 
 
 def read_written(path: Path) -> list[Demonstration]:
@@ -105,14 +103,12 @@ class Example:
 
 def encode(tok: Tokenizer, found: list[Demonstration], context: int) -> list[Example]:
     """Encode the demonstrations whose reply fits the context; others are dropped and counted. A
-    prompt that does not fit loses its beginning, as in data.encode_comparison."""
+    prompt that does not fit loses its beginning."""
     examples = []
     for demonstration in found:
-        prompt = tok.encode_dialogue(demonstration.prompt)
         reply = tok.encode_reply(demonstration.reply)
-        room = context - len(reply)
-        if room >= min(len(prompt), MIN_PROMPT):
-            prompt = prompt[max(0, len(prompt) - room):]
+        prompt = cut_prompt(tok.encode_dialogue(demonstration.prompt), context - len(reply))
+        if prompt is not None:
             examples.append(Example(prompt + reply, len(prompt)))
     n_dropped = len(found) - len(examples)
     if n_dropped:

@@ -210,14 +210,7 @@ def table(*columns: dict, names=("initial policy", "RLHF policy")) -> str:
     return "\n".join(lines)
 
 
-TURN_TITLES = {
-    "n": "replies",
-    "helpfulness": "true helpfulness",
-    "harmlessness": "true harmlessness",
-    "correct": "correct answers",
-    "complied": "compliance with harmful requests",
-    "refused_benign": "refusals of benign requests",
-}
+IN_TURN_TABLE = ("helpfulness", "harmlessness", "correct", "complied", "refused_benign")
 
 
 def turn_table(before: list[dict], after: list[dict],
@@ -227,11 +220,11 @@ def turn_table(before: list[dict], after: list[dict],
     numbers = "".join(f"{turn:8}" for turn in range(1, MAX_TURNS + 1))
     lines = [f"    {'held-out conversations':34}{names[0]:>{width}}{names[1]:>{width}}",
              f"    {'    turn':34}{numbers}{numbers}"]
-    for key, title in TURN_TITLES.items():
-        cells = ""
-        for row in before + after:
-            cells += f"{row[key]:8}" if key == "n" else f"{row[key]:8.3f}"
-        lines.append(f"    {title:34}{cells}")
+    rows = before + after
+    lines.append(f"    {'replies':34}" + "".join(f"{row['n']:8}" for row in rows))
+    for key in IN_TURN_TABLE:
+        cells = "".join(f"{row[key]:8.3f}" for row in rows)
+        lines.append(f"    {TITLES[key]:34}{cells}")
     return "\n".join(lines)
 
 

@@ -16,12 +16,11 @@ The command first runs stages 1 and 2 if their results are missing, and then sta
 
 Legend:  B elements   K replies to one prompt   N rows of ids
 """
-import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from run import UserError, check_finite, tokens_at_once, write_atomically  # before torch
+from run import UserError, check_finite, tokens_at_once, write_jsonl  # before torch
 
 import torch
 
@@ -30,13 +29,13 @@ import ranks
 import toy
 import toy_labelers
 import train_sft
-from data import MARKER, MIN_PROMPT, Comparison, counts_line, in_test, read_jsonl
+from data import MARKER, Comparison, counts_line, cut_prompt, in_test, read_jsonl
 from demonstrations import as_prompt, as_reply, kind_of
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length
 from record import of_pm
 from rollout import rollout
-from train_lm import LMConfig, set_lr
+from train_lm import LMConfig, ensure_pretrained, set_lr
 from train_pm import check_toy_prompts, from_lm
 from train_sft import SelectConfig, SFTConfig, cosine_to_a_tenth
 
@@ -179,8 +178,7 @@ def rankings(run: Run, cfg: RMConfig, split: str) -> list[Ranking]:
     path = run.path(f"rankings/{split}.jsonl")
     if not path.exists():
         found = sample(run, cfg, split, cfg.prompts if split == "train" else cfg.test)
-        lines = [json.dumps(asdict(ranking)) + "\n" for ranking in found]
-        write_atomically(path, "".join(lines).encode())
+        write_jsonl(path, [asdict(ranking) for ranking in found])
     ranks.wait()  # until the file is there
     return read_rankings(path, as_is=True)[0]
 
@@ -201,13 +199,12 @@ def encode(run: Run, found: list[Ranking]) -> list[Element]:
     with a reply that does not fit the context."""
     elements, n_ties, n_long = [], 0, 0
     for ranking in found:
-        prompt = run.tok.encode_dialogue(ranking.prompt)
         replies = [run.tok.encode_reply(reply) for reply in ranking.replies]
         room = run.context - 1 - max(len(reply) for reply in replies)
-        if room < min(len(prompt), MIN_PROMPT):
+        prompt = cut_prompt(run.tok.encode_dialogue(ranking.prompt), room)
+        if prompt is None:
             n_long += 1
             continue
-        prompt = prompt[max(0, len(prompt) - room):]  # as in data.encode_comparison
         rows = [prompt + reply + [run.tok.end_of_context] for reply in replies]
         pairs, K = [], len(rows)
         for i in range(K):
@@ -372,7 +369,7 @@ def check_early(run: Run, sft: SFTConfig, rm: RMConfig, select: SelectConfig,
 
 def ensure(run: Run, lm: LMConfig, sft: SFTConfig, rm: RMConfig, select: SelectConfig):
     """Run stages 1 to 4 if their results are missing. Stage 5 calls this."""
-    train_sft.ensure_lm(run, lm)
+    ensure_pretrained(run, lm)
     if not run.reuse("sft", sft):
         train_sft.train(run, sft)
     if not run.reuse("rm", rm):
@@ -385,7 +382,7 @@ def command(run: RunConfig, lm: LMConfig, sft: SFTConfig, rm: RMConfig, select: 
     folder = Run(run)  # `run` holds the options, `folder` is the Run
     folder.check_memory(lm, sft=sft, rm=rm)
     check_early(folder, sft, rm, select)
-    train_sft.ensure_lm(folder, lm)
+    ensure_pretrained(folder, lm)
     if not folder.reuse("sft", sft):
         train_sft.train(folder, sft)
     train(folder, rm)

@@ -11,9 +11,11 @@ order:
 import argparse
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import inspect
 import io
+import json
 import math
 import os
 import re
@@ -336,6 +338,14 @@ def lock(file) -> bool:
     except OSError:
         pass
     return True
+
+
+def write_jsonl(path, rows: list[dict]):
+    """Replace `path` by one JSON object a line; a name that ends with .gz is compressed."""
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if str(path).endswith(".gz"):
+        data = gzip.compress(data, mtime=0)  # no time in the file: the same rows, the same bytes
+    write_atomically(path, data)
 
 
 def write_atomically(path, data: bytes):

@@ -3,16 +3,14 @@
     python train_lm.py                       # the toy world
     python train_lm.py --data path/to/hh-rlhf
 
-1. Pretraining is next-token prediction on a corpus, from random weights. The paper starts from
-   models pretrained on 400B tokens (GL). Here the corpus is the toy world's documents or, for real
-   comparisons, the text of their dialogues.
+1. Pretraining, from random weights, is next-token prediction on the toy world's documents or the
+   dialogues of real comparisons. HH start from models pretrained on 400B tokens (GL).
 2. A prompt that describes a helpful, honest and harmless assistant changes what an LM says. Context
    distillation (GL §2.1; HH App. A.1) finetunes the LM to answer without the prompt as it would
    with it. The result is the initial policy: comparisons are sampled from it, RLHF starts from it,
    and RLHF's KL penalty keeps the policy close to it.
 
-The command writes tokenizer.json, lm.pt and initial.pt to the output folder. Read this file in
-this order:
+The command writes tokenizer.json, lm.pt and initial.pt. Read this file in this order:
   1. Text          documents, the tokenizer, rows of ids and their batches
   2. Pretraining   stage 1
   3. Distillation  stage 2
@@ -423,12 +421,17 @@ def check_early(run: Run, cd: CDConfig):
         run.checks.append(lambda: check_distilled_prompt(run))
 
 
-def ensure(run: Run, lm: LMConfig, cd: CDConfig):
-    """Run stages 1 and 2 if their results are missing. Later stages call this."""
+def ensure_pretrained(run: Run, lm: LMConfig):
+    """Run stage 1 if its result is missing."""
     if run.reuse("lm", lm):
         run.load_tokenizer()
     else:
         train(run, lm)
+
+
+def ensure(run: Run, lm: LMConfig, cd: CDConfig):
+    """Run stages 1 and 2 if their results are missing. Later stages call this."""
+    ensure_pretrained(run, lm)
     if not run.reuse("cd", cd):
         distill(run, cd)
 

@@ -319,19 +319,11 @@ def check_early(run: Run, sft: SFTConfig, select: SelectConfig):
             read_demonstrations(sft.data, split)
 
 
-def ensure_lm(run: Run, lm: LMConfig):
-    """Run stage 1 if its result is missing."""
-    if run.reuse("lm", lm):
-        run.load_tokenizer()
-    else:
-        train_lm.train(run, lm)
-
-
 def command(run: RunConfig, lm: LMConfig, sft: SFTConfig):
     folder = Run(run)  # `run` holds the options, `folder` is the Run
     folder.check_memory(lm, sft=sft)
     check_early(folder, sft, SelectConfig())
-    ensure_lm(folder, lm)
+    train_lm.ensure_pretrained(folder, lm)
     train(folder, sft)
 
 

@@ -22,8 +22,8 @@ A conversation of a person with the initial policy has four exchanges, with two 
 """
 from dataclasses import replace
 
-import decide
 import lab
+import decide
 import output
 import torch
 from decide import Claim

@@ -10,7 +10,8 @@ Read it in this order:
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Sequence
+
+from output import mean_se
 
 LEVEL = 0.05        # how often an interval misses the true mean
 FEWEST_SEEDS = 4    # below this, nothing is decided
@@ -46,14 +47,6 @@ def t_quantile(df: int, tail: float = LEVEL / 2) -> float:
         else:
             high = middle
     return high
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error."""
-    n = len(values)
-    mean = sum(values) / n
-    variance = sum((x - mean) ** 2 for x in values) / (n - 1)
-    return mean, math.sqrt(variance / n)
 
 
 # ---- 2. Outcomes -------------------------------------------------------------
@@ -104,7 +97,7 @@ def decide(claim: Claim, level: float = LEVEL) -> Decision:
         raise ValueError(f"{claim.name}: not every measurement is a number: {values}")
     if n < 2:
         return Decision(claim, "NOT DECIDED", values[0], -math.inf, math.inf, FEWEST_SEEDS)
-    mean, error = mean_and_error(values)
+    mean, error = mean_se(values)
     reach = t_quantile(n - 1, level / 2) * error
     low, high = mean - reach, mean + reach
     if n >= FEWEST_SEEDS and claim.above < low and high < claim.below:

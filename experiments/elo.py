@@ -41,10 +41,10 @@ from decide import Claim, sentence
 
 import toy
 import toy_corpus
-from collect import MAX_TURNS, converse
+from collect import match
 from data import read_comparisons
-from measures import ELO, elo_error, fit_elo, line_fit
-from rollout import Sampler
+from measures import line_fit
+from ratings import ELO, elo_error, fit_elo
 from train_pm import PMConfig
 from train_rl import RLConfig
 
@@ -108,16 +108,6 @@ def train_players(run, cfg: RLConfig, early: RLConfig) -> tuple:
 # ---- 2. Conversations --------------------------------------------------------
 
 
-def match(run, kind: str, n: int, policies: list) -> tuple[int, int]:
-    """How many choices each of two policies won in n held-out conversations."""
-    players = [Sampler(policy, run.tok.end_of_turn) for policy in policies]
-    exchanges = converse(run, f"elo {kind}", players, [kind] * n, [MAX_TURNS] * n, held_out=True,
-                         max_response=RLConfig().max_response)
-    choices = [exchange for exchange in exchanges if exchange.comparison is not None]
-    first = sum(choice.comparison.chosen == choice.replies[0].text for choice in choices)
-    return first, len(choices) - first
-
-
 def conversations(run, kind: str, n: int, players: dict) -> list[dict]:
     """A row for each player: its Elo by conversations with each other player."""
     names, policies = list(players), list(players.values())
@@ -125,9 +115,9 @@ def conversations(run, kind: str, n: int, players: dict) -> list[dict]:
     wins = 0.5 * torch.ones(len(names), len(names))
     for i in range(len(names)):
         for j in range(i + 1, len(names)):
-            won, lost = match(run, kind, n, [policies[i], policies[j]])
-            wins[i, j] += won
-            wins[j, i] += lost
+            found = match(run, policies[i], policies[j], kind, n, RLConfig().max_response, "elo")
+            wins[i, j] += found[0, 1]
+            wins[j, i] += found[1, 0]
     elo, covariance = fit_elo(wins)
     rows = []
     for i, name in enumerate(names):

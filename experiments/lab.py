@@ -29,11 +29,11 @@ import train_rl
 from collect import MAX_TURNS, Exchange, collect, converse
 from data import Comparison
 from evaluate import PromptBatch, Prompts, evaluate
-from measures import fit_elo
 from model import GPT, GPTConfig
 from pipeline import Run, RunConfig
 from pm import ScalarModel, score_rows
 from ppo import pm_scores
+from ratings import fit_elo
 from rollout import Sampler, rollout
 from stage import Stage
 from train_lm import CDConfig, LMConfig
@@ -271,7 +271,7 @@ def pairs_by_lot(run: Run, kind: str, n_prompts: int, n_players: int) -> list[tu
 
 def crowd_elo(run: Run, prompts: list[str], kind: str, replies: dict[str, list[str]]):
     """Elo by crowdworkers (Eq. B.1) -> {player: Elo, 0 for the first}, covariance for
-    measures.elo_error. replies: {player: its reply to each prompt}."""
+    ratings.elo_error. replies: {player: its reply to each prompt}."""
     players = list(replies)
     wins = torch.zeros(len(players), len(players))
     for k, i, j, chance in pairs_by_lot(run, kind, len(prompts), len(players)):

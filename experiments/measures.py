@@ -10,7 +10,7 @@ Legend: each section has its own, because each measures something else.
 All functions but `features` take lists, or tensors from any device, and work in float64 on the CPU.
 A score r is a logit: P(A is preferred to B) = sigmoid(r_A - r_B) (Eq. 4.2). Only differences of
 scores mean anything, so subtract a PM's mean on held-out replies before comparing scores (B.2).
-Elo and logistic regression are in ratings.py, because the core needs them; scripts find them here.
+Elo and logistic regression are in ratings.py, because the core needs them.
 """
 import math
 
@@ -19,8 +19,7 @@ import torch.nn.functional as F
 
 from data import batches_by_length, pad
 from model import GPT
-from ratings import (ELO, check_finite_elo, elo_error, elo_to_win_rate, fit_elo, logistic_fit,
-                     to_float64, win_rate_to_elo)
+from ratings import logistic_fit, to_float64
 from run import autocast, tokens_at_once
 
 # ---- 1. Calibration ----------------------------------------------------------

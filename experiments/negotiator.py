@@ -23,8 +23,8 @@ reply, so "beyond the first turn" the data hold few good ones. HH give no number
 """
 import dataclasses
 
-import decide
 import lab
+import decide
 import output
 from decide import Claim
 

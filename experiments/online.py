@@ -28,8 +28,8 @@ from campaign import Campaign, logp_accuracy
 
 import toy
 import toy_corpus
-from measures import ELO, elo_error
 from pm import report
+from ratings import ELO, elo_error
 from train_rl import RLConfig
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
-from decide import Claim, decide, decide_all, mean_and_error, sentence, t_quantile, t_tail
+from decide import Claim, decide, decide_all, mean_se, sentence, t_quantile, t_tail
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 4.0, 60.0])
@@ -27,7 +27,7 @@ def test_quantiles_of_a_printed_table(df, t):
 
 
 def test_a_mean_and_its_error_by_hand():
-    assert mean_and_error([1.0, 2.0, 6.0]) == (3.0, math.sqrt((4 + 1 + 9) / 2 / 3))
+    assert mean_se([1.0, 2.0, 6.0]) == (3.0, math.sqrt((4 + 1 + 9) / 2 / 3))
 
 
 @pytest.mark.parametrize("values, above, below, outcome", [

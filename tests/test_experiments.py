@@ -18,6 +18,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 sys.path.insert(0, str(FOLDER))
+import collect
 import lab
 import output
 import toy
@@ -26,8 +27,8 @@ import toy_people
 import train_rl
 from exercises import exercises
 from helpers import flat
-from measures import ELO, elo_error, fit_elo
 from pm import score_rows
+from ratings import ELO, elo_error, fit_elo
 from train_rl import RLConfig
 
 HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide")
@@ -388,7 +389,10 @@ def test_comparisons_are_made_again_on_the_same_prompts():
 def test_elo_by_conversations_counts_each_players_choices(monkeypatch):
     elo = importlib.import_module("elo")
     won = {("a", "b"): (3, 1), ("a", "c"): (2, 4), ("b", "c"): (1, 5)}
-    monkeypatch.setattr(elo, "match", lambda run, kind, n, policies: won[tuple(policies)])
+
+    def match(run, a, b, *_):
+        return torch.tensor([[0, won[a, b][0]], [won[a, b][1], 0]])
+    monkeypatch.setattr(elo, "match", match)
     rows = elo.conversations(SimpleNamespace(seed=7), "helpful", 4, dict(A="a", B="b", C="c"))
     wins = torch.tensor([[0, 3.5, 2.5], [1.5, 0, 1.5], [4.5, 5.5, 0]])
     expected, covariance = fit_elo(wins)
@@ -398,15 +402,16 @@ def test_elo_by_conversations_counts_each_players_choices(monkeypatch):
 
 
 def test_a_match_counts_the_choices_for_the_first_of_two_policies(monkeypatch):
-    elo, said = importlib.import_module("elo"), []
+    said = []
     for chosen in ("a", "b", "a", "a", None):
         said.append(SimpleNamespace(
             comparison=chosen and SimpleNamespace(chosen=chosen),
             replies=[SimpleNamespace(text="a"), SimpleNamespace(text="b")]))
-    monkeypatch.setattr(elo, "Sampler", lambda policy, end: policy)
-    monkeypatch.setattr(elo, "converse", lambda *args, **options: said)
+    monkeypatch.setattr(collect, "Sampler", lambda policy, end: policy)
+    monkeypatch.setattr(collect, "converse", lambda *args, **options: said)
     run = SimpleNamespace(tok=SimpleNamespace(end_of_turn=0))
-    assert elo.match(run, "helpful", 5, ["A", "B"]) == (3, 1)
+    wins = collect.match(run, "A", "B", "helpful", 5)
+    assert (wins[0, 1], wins[1, 0]) == (3, 1)
 
 
 # ---- 3. What the scripts share -----------------------------------------------
