@@ -13,6 +13,7 @@ Legend:  N comparisons
 """
 import contextlib
 import copy
+import dataclasses
 import io
 import sys
 import tempfile
@@ -22,23 +23,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import model
+import rankings
 import toy
 import train_lm
 import train_pm
 import train_rl
+import train_sft
 from collect import MAX_TURNS, Exchange, collect, converse
 from data import Comparison
 from evaluate import PromptBatch, Prompts, evaluate
 from model import GPT, GPTConfig
-from pipeline import Run, RunConfig
+from pipeline import PRESETS, Run, RunConfig
 from pm import ScalarModel, score_rows
 from ppo import pm_scores
+from rankings import RMConfig
 from ratings import fit_elo
 from rollout import Sampler, rollout
+from run import write_atomically
 from stage import Stage
 from train_lm import CDConfig, LMConfig
 from train_pm import PMConfig, PMPConfig
 from train_rl import Learner, RLConfig
+from train_sft import SelectConfig, SFTConfig
 
 OUT = Path("out/experiments")
 KINDS = ("helpful", "harmless")
@@ -58,6 +64,8 @@ TINY_CD = CDConfig(documents=64)
 TINY_PMP = PMPConfig(pairs=64)
 TINY_PM = PMConfig(helpful=60, harmless=40, test=20)
 TINY_RL = RLConfig(iterations=2, batch=16, minibatch=8, eval_prompts=16, eval_conversations=4)
+TINY_SFT = SFTConfig(demonstrations=48, test=16, epochs=2, batch=16)
+TINY_RM = RMConfig(prompts=24, test=8, batch=8)
 
 
 def base(size: str = "toy", seed: int = 0, tiny: bool = False) -> Run:
@@ -88,6 +96,39 @@ def trained(seed: int = 0, tiny: bool = False) -> Run:
         if not run.reuse("rl", rl):
             train_rl.train(run, rl)
     return run
+
+
+def instructgpt(size: str = "toy", seed: int = 0, tiny: bool = False, upto: str = "rl") -> Run:
+    """A folder of InstructGPT's models, as --preset instructgpt makes them from the LM of `base`.
+    upto: "sft" trains the SFT model alone, "rl" all the rest as well: pm.pt (the reward model),
+    initial.pt (the SFT model that it scores best) and policy.pt (PPO-ptx)."""
+    of_base = base(size, seed, tiny)
+    run = Run(dataclasses.replace(of_base.cfg, paper="instructgpt",
+                                  out=f"{of_base.out.parent}/instructgpt-{of_base.out.name}"))
+    for name in ("tokenizer.json", "lm.pt"):
+        write_atomically(run.path(name), of_base.path(name).read_bytes())
+    sft, rm, rl = SFTConfig(), RMConfig(), instructgpt_rl(tiny)
+    if tiny:
+        sft, rm = TINY_SFT, TINY_RM
+    is_complete = run.has("sft.pt") and (upto == "sft" or run.has("policy.pt"))
+    with silence() if is_complete else contextlib.nullcontext():
+        run.load_tokenizer()
+        if not run.reuse("sft", sft):
+            train_sft.train(run, sft)
+        if upto == "rl":
+            rankings.ensure(run, TINY_LM if tiny else LMConfig(), sft, rm, SelectConfig())
+            if not run.reuse("rl", rl):
+                train_rl.train(run, rl)
+    return run
+
+
+def instructgpt_rl(tiny: bool = False, **options) -> RLConfig:
+    """The options of RL in --preset instructgpt, some of them replaced."""
+    for name, value in PRESETS["instructgpt"].items():
+        stage, option = name.split(".")
+        if stage == "rl":
+            options = {option: value} | options
+    return dataclasses.replace(TINY_RL if tiny else RLConfig(), **options)
 
 
 def bases(sizes: list[str], seed: int, tiny: bool) -> dict[str, Run]:
