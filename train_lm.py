@@ -46,7 +46,7 @@ from rollout import rollout
 @dataclass
 class LMConfig:
     """HH does not state its pretraining settings. The defaults below were tuned on the toy."""
-    documents: int = 90_000    # documents, each seen once; for real data an upper limit
+    documents: int = 100_000   # documents, each seen once; for real data an upper limit
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has 50257)
     lr: float = 5e-3           # peak; half a cosine down to 0, times a linear warm-up
     warmup: int = 50           # steps
