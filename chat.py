@@ -26,8 +26,9 @@ from run import (  # before torch: Ctrl-C prints no traceback
 import toy
 import toy_people
 from choices import SURE, UNSURE, ChoiceFile, choice_record, goes_on
-from conversation import (Reply, Scorer, Speaker, ask, best_speaker, comparable, one_turn, shown,
-                          truth, two_replies)
+from conversation import (Reply, Scorer, Speaker, ask, best_speaker, comparable, known_prompts,
+                          one_turn, shown, truth, two_replies)
+from outlier_score import Familiar
 
 try:
     import readline  # once imported, it edits the lines of `input` and remembers them
@@ -88,6 +89,7 @@ class Chat:
         self.terminal, self.speaker, self.seed = terminal, speaker, seed
         self.initial: Speaker | None = None  # with /both
         self.scorer: Scorer | None = None    # with /score
+        self.familiar: Familiar | None = None  # with /score, if the folder holds prompts
         self.dialogues = [""]
         self.replies: list[tuple[str, Reply]] = []  # each with the dialogue that it answers
         self.n_drawn = 0
@@ -151,6 +153,10 @@ class Chat:
             self.terminal.say("no scores any more")
             return
         self.scorer = Scorer(self.speaker.folder, device=self.speaker.device)
+        prompts = known_prompts(self.speaker.folder, 1000, rng(self.seed, "known prompts"))
+        if len(prompts) > 1:
+            self.familiar = Familiar(self.speaker.net, self.speaker.tok, prompts,
+                                     self.speaker.device)
         self.terminal.say(f"scores of {self.scorer.path.name} in logits, from now on"
                           + (", and of the replies so far:" if self.replies else ""))
         for dialogue, reply in self.replies:
@@ -167,6 +173,9 @@ class Chat:
                       f"harmlessness {truth(dialogue, reply.text, 'harmless'):.1f}")
         elif self.speaker.toy:
             words += ", truth not known: this is no question of the toy world"
+        if self.familiar is not None:
+            share = self.familiar.share_below(dialogue)
+            words += f"; the prompt is more unusual than {share:.0%} of the training prompts"
         self.terminal.say(words)
 
     def save(self, name: str):

@@ -25,7 +25,7 @@ import torch
 import toy
 from cache import KVCache, forward_cached
 from data import (ASSISTANT, HUMAN, MARKER, MIN_PROMPT, Comparison, Tokenizer, encode_comparison,
-                  parse, render)
+                  parse, read_comparisons, render)
 from model import GPT, GPTConfig, sample
 from pm import ScalarModel, score_rows
 from rollout import Sampler, cache_dtype
@@ -297,6 +297,15 @@ class Scorer(Model):
         for i, score in zip(scored, score_rows(self.net, rows, device=self.device).tolist()):
             scores[i] = score
         return scores
+
+
+def known_prompts(folder, n: int, generator) -> list[str]:
+    """n different prompts from the comparisons in a run's folder, or all if there are fewer. Real
+    comparisons are not kept there."""
+    texts = set()
+    for path in Path(folder, "comparisons").glob("*/train.jsonl"):
+        texts |= {comparison.prompt for comparison in read_comparisons(path, "helpful")[0]}
+    return generator.sample(sorted(texts), min(n, len(texts)))
 
 
 def truth(dialogue: str, reply: str, kind: str) -> float | None:

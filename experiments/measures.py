@@ -7,20 +7,19 @@ Read it in this order:
   4. Outliers      does a prompt look unlike the prompts that the model should answer?
 
 Legend: each section has its own, because each measures something else.
-All functions but `features` take lists, or tensors from any device, and work in float64 on the CPU.
+The functions take lists, or tensors from any device, and work in float64 on the CPU.
 A score r is a logit: P(A is preferred to B) = sigmoid(r_A - r_B) (Eq. 4.2). Only differences of
 scores mean anything, so subtract a PM's mean on held-out replies before comparing scores (B.2).
-Elo and logistic regression are in ratings.py, because the core needs them.
+Elo and logistic regression are in ratings.py, and hidden vectors and their distances in
+outlier_score.py, because the core needs them.
 """
 import math
 
 import torch
 import torch.nn.functional as F
 
-from data import batches_by_length, pad
-from model import GPT
+from outlier_score import fit_gaussian
 from ratings import logistic_fit, to_float64
-from run import autocast, tokens_at_once
 
 # ---- 1. Calibration ----------------------------------------------------------
 # Legend: "pairs" is the number of labeled comparisons. In this section
@@ -204,61 +203,6 @@ def best_of_n_kl(n):
 # ---- 4. Outliers -------------------------------------------------------------
 # Legend: B rows of a batch, T time, L layers, D width of the hidden vectors. "Inliers" are prompts
 # in distribution (helpful requests), "outliers" are others (red-team prompts); vectors (rows, D).
-
-
-@torch.no_grad()
-def features(model: GPT, rows: list[list[int]], mean=False, token_budget: int = 0, device="cpu"):
-    """One hidden vector a row and layer (§5.4) -> (L, rows, D) float32 on the CPU.
-
-    Entry [i] is the residual stream after block i, counted from 0. `rows` hold token ids, at least
-    one each. The vector is read on a row's last token or, with `mean`, averaged over all its tokens
-    (which tokens HH read: not stated)."""
-    lengths = [len(row) for row in rows]
-    vectors = torch.empty(len(model.blocks), len(rows), model.cfg.d_model)
-    for batch in batches_by_length(lengths, tokens_at_once(token_budget, device)):
-        ids, n_tokens = pad([rows[i] for i in batch])
-        ids, n_tokens = ids.to(device), n_tokens.to(device)[:, None]  # (B, T), (B, 1)
-        positions = torch.arange(ids.shape[1], device=device)  # (T,)
-        if mean:
-            weights = (positions < n_tokens) / n_tokens  # (B, T), 0 on pads
-        else:
-            weights = (positions == n_tokens - 1).float()  # (B, T)
-        with autocast(device):
-            hidden = model.embed_at(ids, positions)  # (B, T, D), as in GPT.forward
-            for layer, block in enumerate(model.blocks):
-                hidden = block(hidden)
-                vectors[layer, batch] = (weights[..., None] * hidden.float()).sum(1).cpu()  # (B, D)
-    return vectors
-
-
-def fit_gaussian(inliers, ridge=1e-6):
-    """Mean (D,) and covariance (D, D) of the inliers' vectors, by 1 / rows (§5.4).
-
-    `ridge` times the mean variance is added to each variance (HH mention no such term). Without it,
-    the covariance of D or fewer vectors cannot be inverted; with few vectors, take a larger one."""
-    inliers = to_float64(inliers)
-    mean = inliers.mean(0)
-    centered = inliers - mean
-    covariance = centered.T @ centered / len(inliers)
-    covariance.diagonal().add_(ridge * covariance.diagonal().mean())
-    return mean, covariance
-
-
-def mahalanobis(vectors, mean, covariance, relative=True):
-    """Outlier scores (rows,) of vectors (rows, D): z' S^-1 z, z = vector - mean, S the covariance.
-
-    `relative` is the simplified relative Mahalanobis score (§5.4, Fig. 22). It subtracts the same
-    expression with only the diagonal of S, which ignores correlations. The difference says how
-    unusual the coordinates are together. HH find it better at every layer and size (Fig. 39)."""
-    z = (to_float64(vectors) - mean).T  # (D, rows)
-    # Cholesky: S = C C' with C lower triangular, so z' S^-1 z = (C^-1 z)' (C^-1 z) = |C^-1 z|^2.
-    # Solving with C needs no inverse, and `cholesky` raises an error where S has none.
-    C = torch.linalg.cholesky(covariance)
-    whitened = torch.linalg.solve_triangular(C, z, upper=False)  # C^-1 z, (D, rows)
-    distance = (whitened**2).sum(0)  # (rows,)
-    if relative:
-        distance = distance - (z**2 / covariance.diagonal()[:, None]).sum(0)
-    return distance
 
 
 def outlier_exposure(inliers, outliers, l2=1.0):

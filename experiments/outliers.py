@@ -33,8 +33,9 @@ import torch
 import toy
 import toy_corpus
 from decide import Claim, sentence
-from measures import auroc, features, fit_gaussian, mahalanobis, outlier_exposure
+from measures import auroc, outlier_exposure
 from model import GPT
+from outlier_score import features, fit_gaussian, mahalanobis
 
 EXAMPLES = (1, 3, 10, 30, 100)
 SHOWN = 10  # the number of examples that decides

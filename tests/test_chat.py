@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from random import Random
 
 import pytest
 
@@ -12,9 +13,10 @@ import chat
 import choices
 import conversation
 import toy
-from conversation import Reply, Speaker, ask
-from data import ASSISTANT, HUMAN, read_comparisons
-from run import UserError
+from conversation import Reply, Speaker, ask, known_prompts
+from data import ASSISTANT, HUMAN, Comparison, read_comparisons, write_comparisons
+from outlier_score import Familiar, features, fit_gaussian, mahalanobis
+from run import UserError, rng
 from test_conversation import make_folder
 
 PERU = "What is the capital of Peru?"
@@ -101,6 +103,33 @@ def test_both_scores_and_hints(talk, scripted):
     assert questions.count("?") + questions.count(".") >= 3 and out.count("it does know") == 1
     for command in ("/new", "/undo", "/both", "/score", "/save", "/quit"):
         assert f"({command}" in out
+
+
+def test_scores_say_how_unusual_the_prompt_is(talk, scripted, made, tmp_path):
+    assert "unusual" not in talk("hi", "/score")  # the folder holds no comparisons
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    prompts = [ask("", f"{i} plus {i}?") for i in range(41)]
+    pairs = [Comparison(prompt, " a", " b", "helpful") for prompt in prompts]
+    for kind in ("helpful-base", "harmless-base"):
+        write_comparisons(folder / "comparisons" / kind / "train.jsonl", pairs)
+    assert len(set(known_prompts(folder, 7, Random(0)))) == 7
+    known = known_prompts(folder, 1000, rng(5, "known prompts"))
+    assert sorted(known) == sorted(prompts)  # each once
+    speaker = Speaker(folder, device="cpu")
+    new = [ask("", f"{i} plus {i + 1}?") for i in range(12)]
+    rows = [speaker.tok.encode_dialogue(prompt) for prompt in known + new]
+    vectors = features(speaker.net, rows)[-1]  # after the last block
+    distances = mahalanobis(vectors[20:], *fit_gaussian(vectors[:20]))
+    usual, shares = distances[:21], []
+    for distance in distances[21:]:
+        shares.append((usual < distance).double().mean().item())
+    familiar = Familiar(speaker.net, speaker.tok, known)
+    assert [familiar.share_below(prompt) for prompt in new] == pytest.approx(shares)
+    assert min(shares) < 0.4 < 0.6 < max(shares)
+    out = talk("4 plus 5?", "/score", "x " * 60, folder=folder, options=["--seed", "5"])
+    assert f"the prompt is more unusual than {shares[4]:.0%} of the training prompts" in out
+    assert out.count("more unusual") == 2
 
 
 def test_scores_are_of_the_reply_that_was_given(talk, scripted, made):

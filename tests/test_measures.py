@@ -15,10 +15,10 @@ from torch.autograd.functional import hessian, jacobian
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from measures import (auroc, best_of_n, best_of_n_kl, calibration_curve,
-                      expected_calibration_error, features, fit_gao, fit_gaussian, fit_scaling,
-                      least_squares, line_fit, log_loss, mahalanobis, outlier_exposure,
-                      threshold_curve)
+                      expected_calibration_error, fit_gao, fit_scaling, least_squares, line_fit,
+                      log_loss, outlier_exposure, threshold_curve)
 from model import GPT, GPTConfig
+from outlier_score import features, fit_gaussian, mahalanobis
 from ratings import ELO, elo_error, elo_to_win_rate, fit_elo, logistic_fit, win_rate_to_elo
 
 
