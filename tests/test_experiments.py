@@ -21,6 +21,7 @@ sys.path.insert(0, str(FOLDER))
 import collect
 import lab
 import output
+import rankings
 import toy
 import toy_corpus
 import toy_people
@@ -79,6 +80,18 @@ def elos(rlhf=(80, 80), only=(60, -200), n=4) -> list[dict]:
                 rows.append({"part": "conversations", "seed": seed, "player": player, "kind": kind,
                              "crowd": elo + wobble})
                 rows.append(rows[-1] | {"part": "single replies", "crowd": -999})
+    return rows
+
+
+def win_rates(steps=(0.6, 0.7, 0.55), control=0.51, small=0.7, n=4) -> list[dict]:
+    """Four seeds' win rates, a little apart. Rows of other pairs do not count."""
+    rows = []
+    for player, over, rate in (("prompted LM", "LM", steps[0]), ("SFT", "prompted LM", steps[1]),
+                               ("SFT", "LM", 0.1), ("PPO", "SFT", steps[2]), ("PPO", "LM", 0.1),
+                               ("PPO, coin-flip RM (control)", "SFT", control),
+                               ("small PPO-ptx", "prompted LM", small)):
+        for row in seeds({"win_rate": rate})[:n]:
+            rows.append(row | {"player": player, "over": over})
     return rows
 
 
@@ -159,6 +172,13 @@ VERDICTS = {
         ["Elo of RLHF above the initial policy, helpful: 80.000 [",
          "helpful-only above RLHF, helpful: -20.000 [", "threshold above -35",
          "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
+    "instructgpt": (
+        (win_rates(small=0.4),),  # the small policy has a sentence of its own
+        [(win_rates(steps=(0.49, 0.7, 0.55)),), (win_rates(steps=(0.6, 0.4, 0.55)),),
+         (win_rates(steps=(0.6, 0.7, 0.49)),), (win_rates(control=0.56),),
+         (win_rates(control=0.54985), OPEN), (win_rates(n=3), OPEN)],
+        ["prompted LM over LM: 0.600 [", "SFT over prompted LM: 0.700 [", "PPO over SFT: 0.550 [",
+         "(control) over SFT: 0.510 [", "DOES NOT HOLD: a small policy"]),
     "model_prompts": (
         (arms(),),
         [(arms(written=0.89),), (arms(written=1.11),), (arms(mixed=0.89),), (arms(mixed=1.11),),
@@ -399,6 +419,18 @@ def test_elo_by_conversations_counts_each_players_choices(monkeypatch):
     assert [row["crowd"] for row in rows] == pytest.approx(expected.tolist())
     assert rows[2]["error"] == pytest.approx(elo_error(covariance, 0, 2))
     assert rows[2]["player"] == "C" and rows[2]["crowd"] > 0 > rows[1]["crowd"]
+
+
+def test_a_coin_decides_which_reply_is_better():
+    instructgpt = importlib.import_module("instructgpt")
+    rows = [[1, 2], [1, 3], [1, 4]]
+    elements = [rankings.Element(rows, [(0, 1), (0, 2), (2, 1)], None) for _ in range(200)]
+    run, flipped = SimpleNamespace(rng=lambda *name: Random(0)), []
+    for before, after in zip(elements, instructgpt.by_coin(run, elements)):
+        assert before.pairs == [(0, 1), (0, 2), (2, 1)] and after.rows is rows
+        assert [tuple(sorted(pair)) for pair in after.pairs] == [(0, 1), (0, 2), (1, 2)]
+        flipped += [pair != old for pair, old in zip(after.pairs, before.pairs)]
+    assert abs(sum(flipped) - 300) < 4 * math.sqrt(600 / 4)  # four standard errors
 
 
 def test_a_match_counts_the_choices_for_the_first_of_two_policies(monkeypatch):
