@@ -132,7 +132,17 @@ def decide_all(claims: list[Claim]) -> tuple[str, list[Decision]]:
     return "HOLDS", decisions
 
 
-def sentence(title: str, claims: list[Claim]) -> tuple[str, str]:
-    """The finding's outcome, and one sentence with every claim's number, interval and threshold."""
+def sentence(title: str, claims: list[Claim],
+             control: list[Claim] | None = None) -> tuple[str, str]:
+    """The finding's outcome, and one sentence with every claim's number, interval and threshold.
+
+    control: the same claims, measured where the finding's cause is taken away. A finding that holds
+    there, too, is no finding: then the outcome is "DOES NOT HOLD"."""
     outcome, decisions = decide_all(claims)
-    return outcome, f"{outcome}: {title}. " + "; ".join(map(str, decisions)) + "."
+    words = ""
+    if control is not None:
+        of_control, measured = decide_all(control)
+        words = f" Control, {of_control}: " + "; ".join(map(str, measured)) + "."
+        if of_control == "HOLDS":
+            outcome = "DOES NOT HOLD"
+    return outcome, f"{outcome}: {title}. " + "; ".join(map(str, decisions)) + "." + words

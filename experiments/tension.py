@@ -1,28 +1,33 @@
 """§5.1, Figs 19, 26, 27: a PM that learned one kind only falls below chance on the other.
 
-    python experiments/tension.py          # two PM sizes; minutes
-    python experiments/tension.py --full   # three sizes, 4,000 comparisons
+    python experiments/tension.py          # 1 seed, two PM sizes; minutes on two CPU cores
+    python experiments/tension.py --full   # 4 seeds, more test comparisons
 
 The paper's claim: trained on one kind of comparisons only, a PM is "significantly worse than
 chance" on the other; the text gives no number. All PMs here learn from the largest initial policy's
 replies (HH: nearly all are of 52B models). Measured:
 
-1. Mixtures (Figs 19, 26). Eleven, from all harmless to all helpful, each of the same number of
-   comparisons. Accuracy on held-out comparisons of both kinds, and the mean of the two. The
-   verdict looks at the ends: accuracy on the other kind, of the largest PM, is at most 0.40 in the
-   mean of 3 seeds.
+1. Mixtures (Figs 19, 26). From all harmless to all helpful, each of the same number of comparisons.
+   Accuracy on held-out comparisons of both kinds, and the mean of the two. The finding, for PMs of
+   the toy size: both one-sided PMs are below 0.5 on the other kind. In the control, a coin has
+   labeled their comparisons, so they have learned nothing from either side.
 2. Loss weights (Fig. 27). L = L_helpful + lambda L_harmless, on two thirds helpful and one third
-   harmless comparisons. What lambda = 10 costs does not enter the verdict.
+   harmless comparisons. HH: lambda = 10 costs 0.074 of helpful accuracy at 13M parameters, and
+   0.015 at 52B. A finding of its own: it costs the small PM more than the toy PM.
 What the same tension does to a policy (§4.4) is in negotiator.py.
 """
+import dataclasses
+
 import lab
 import output
+from decide import Claim, sentence
 
 from pm import report
 from toy import mean_or_nan
 
-BELOW = 0.40  # accuracy on the other kind up to here counts as below chance
 COLUMNS = ("helpful", "harmless", "mean")
+LARGEST, SMALLEST = "toy", "small"
+HEAVY = 10  # lambda
 
 
 def accuracies(run, pm, test: dict) -> dict[str, float]:
@@ -34,106 +39,122 @@ def accuracies(run, pm, test: dict) -> dict[str, float]:
     return found | {"mean": mean_or_nan(found.values())}
 
 
+def by_coin(run, pairs: list) -> list:
+    """The same pairs, with a coin's labels."""
+    rng, labeled = run.rng("tension", "coin"), []
+    for pair in pairs:
+        if rng.random() < 0.5:
+            pair = dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        labeled.append(pair)
+    return labeled
+
+
 def measure_pms(run, found: dict, test: dict, n: int, settings: list[tuple]) -> list[dict]:
     """One PM and row for each (part, share of helpful comparisons, lambda)."""
     rows = []
     for part, share, weight in settings:
         k = round(share * n)
-        pm = lab.train_pm_on(run, found["helpful"][:k] + found["harmless"][:n - k], weight)
-        row = {"part": part, "seed": run.seed, "helpful_share": share, "weight": weight}
+        pairs = found["helpful"][:k] + found["harmless"][:n - k]
+        if part == "control":
+            pairs = by_coin(run, pairs)
+        pm = lab.train_pm_on(run, pairs, weight)
+        row = {"part": part, "helpful_share": share, "weight": weight}
         rows.append(row | accuracies(run, pm, test))
     return rows
 
 
-def curve(rows: list[dict], part: str, size: str, name: str, key: str, values) -> list[tuple]:
+def one_seed(runs: dict, n: int, n_test: int, surplus: float, shares, weights) -> list[dict]:
+    """runs: {size: run} of one seed. Every PM of the toy size, and the weights of the others."""
+    world, found, test, rows = runs[LARGEST], {}, {}, []
+    for kind in lab.KINDS:
+        found[kind] = lab.comparisons(world, int(surplus * n), kind)[:n]
+        test[kind] = lab.comparisons(world, n_test, kind, "test")
+    mixtures = [("mixture", share, 1) for share in shares]
+    weighted = [("weight", 2 / 3, weight) for weight in weights]
+    controls = [("control", 0.0, 1), ("control", 1.0, 1)]
+    for size, run in runs.items():
+        settings = weighted + (mixtures + controls if size == LARGEST else [])
+        for row in measure_pms(run, found, test, n, settings):
+            rows.append({"seed": run.seed, "size": size} | row)
+    return rows
+
+
+def curve(rows: list[dict], name: str, key: str, values, **where) -> list[tuple]:
     """(mean, standard error) of a column over seeds, for each value of row[key]."""
     points = []
     for value in values:
-        mine = output.select(rows, part=part, size=size, **{key: value})
+        mine = output.select(rows, **where, **{key: value})
         points.append(output.mean_se(output.column(mine, name)))
     return points
 
 
-def print_part(rows, sizes: list[str], part: str, key: str, values):
-    table = []
-    for size in sizes:
-        for value in values:
-            row = {"size": size, key: value}
-            for name in COLUMNS:
-                [(row[name], row[f"+- {name[:7]}"])] = curve(rows, part, size, name, key, [value])
-            table.append(row)
-    output.table(table)
-
-
-def draw(plt, rows, sizes, panels):
+def draw(plt, rows, shares, weights):
     plt.gcf().set_size_inches(9, 4)
-    titles = {"mixture": "share of helpful comparisons", "weight": "lambda"}
-    for i, (part, key, values) in enumerate(panels, 1):
+    panels = (("mixture", "helpful_share", shares, (LARGEST,), "share of helpful comparisons"),
+              ("weight", "weight", weights, (LARGEST, SMALLEST), "lambda"))
+    for i, (part, key, values, sizes, title) in enumerate(panels, 1):
         plt.subplot(1, 2, i)
-        for size, style in zip(reversed(sizes), ("-", "--", ":")):
+        for size, style in zip(sizes, ("-", "--")):
             for name, color in zip(COLUMNS, ("C0", "C3", "gray")):
-                means, errors = zip(*curve(rows, part, size, name, key, values))
+                means, errors = zip(*curve(rows, name, key, values, part=part, size=size))
                 plt.errorbar(values, means, errors, fmt=style, marker=".", color=color, lw=1,
                              label=f"{name}, {size}")
         plt.axhline(0.5, color="black", lw=0.5)
         plt.ylim(0.25, 0.85)
         plt.ylabel("held-out accuracy")
-        plt.xlabel(titles[part])
+        plt.xlabel(title)
     plt.legend(fontsize=7)
 
 
-def verdict(helpful_only: tuple, harmless_only: tuple, lost: dict, weight: int,
-            n: int) -> tuple[str, str]:
-    """helpful_only, harmless_only: accuracy on the other kind, (mean, standard error) over n seeds.
-    lost: {size: helpful accuracy that lambda = weight costs}."""
-    outcome, words = "DOES NOT HOLD", "one-sided PMs are not both below chance on the other side"
-    if max(helpful_only[0], harmless_only[0]) <= BELOW:
-        outcome, words = "HOLDS", "each one-sided PM is below chance on the other side"
-    costs = ", ".join(f"{cost:.3f} ({size})" for size, cost in lost.items())
-    return outcome, (
-        f"{outcome}: {words}: the helpful-only PM is right on {helpful_only[0]:.3f} +- "
-        f"{helpful_only[1]:.3f} of harmless comparisons, the harmless-only one on "
-        f"{harmless_only[0]:.3f} +- {harmless_only[1]:.3f} of helpful ones (threshold {BELOW}, n = "
-        f"{n} seeds); lambda = {weight} costs {costs} of helpful accuracy (HH: 0.074 at 13M "
-        "parameters, 0.015 at 52B).")
+def verdict(rows: list[dict]) -> tuple[str, str]:
+    """The outcome for one-sided PMs, and the sentences of both findings."""
+    def below_chance(part: str) -> list[Claim]:
+        claims = []
+        for share, trained, tested in ((1.0, "helpful", "harmless"), (0.0, "harmless", "helpful")):
+            mine = output.select(rows, part=part, size=LARGEST, helpful_share=share)
+            claims.append(Claim(f"{trained}-only PM on {tested} comparisons",
+                                output.column(mine, tested), below=0.5))
+        return claims
+
+    costs = {}
+    for size in (SMALLEST, LARGEST):
+        light, heavy = (output.column(output.select(rows, part="weight", size=size, weight=weight),
+                                      "helpful") for weight in (1, HEAVY))
+        costs[size] = [a - b for a, b in zip(light, heavy)]
+    outcome, ends = sentence("one-sided PMs are below chance on the other side",
+                             below_chance("mixture"), below_chance("control"))
+    more = [a - b for a, b in zip(costs[SMALLEST], costs[LARGEST])]
+    _, weights = sentence(
+        f"lambda = {HEAVY} costs a small PM more helpful accuracy (HH 0.074) than a large one (HH "
+        "0.015)", [Claim("small less toy", more, above=0.0)])
+    means = [f"{mean_or_nan(cost):.3f} ({size})" for size, cost in costs.items()]
+    return outcome, f"{ends} {weights} The costs are {' and '.join(means)}."
 
 
 def experiment(args):
-    sizes, n, n_test, n_seeds, surplus = ["small", "toy"], 2000, 1500, 3, 1.1
-    shares, weights = [i / 10 for i in range(11)], [1, 2, 3, 4, 10]
+    n, n_test, n_seeds, surplus = 2000, 1500, 1, 1.1
+    shares, weights = [i / 5 for i in range(6)], [1, 3, HEAVY]
     if args.full:
-        sizes, n, n_test = ["small", "medium", "toy"], 4000, 2000
+        n_test, n_seeds = 3000, 4
     if args.tiny:
-        sizes, n, n_test, n_seeds, surplus = ["toy"], 24, 60, 1, 2
-        shares, weights = [0.0, 1.0], [1, 10]
-    runs, rows = lab.bases(sizes, args.seed, args.tiny), []
-    ends = [("mixture", 0.0, 1), ("mixture", 1.0, 1)]
-    everything = [("mixture", share, 1) for share in shares]
-    everything += [("weight", 2 / 3, weight) for weight in weights]
+        n, n_test, surplus, shares, weights = 24, 60, 2, [0.0, 1.0], [1, HEAVY]
+    rows = []
     for seed in range(args.seed, args.seed + n_seeds):
-        world, found, test = lab.replica(runs["toy"], seed), {}, {}
-        for kind in lab.KINDS:
-            found[kind] = lab.comparisons(world, int(surplus * n), kind)[:n]
-            test[kind] = lab.comparisons(world, n_test, kind, "test")
-        settings = everything if seed == args.seed or args.full else ends
-        for size in sizes:
-            for row in measure_pms(lab.replica(runs[size], seed), found, test, n, settings):
-                rows.append({"size": size} | row)
-
-    panels = [("mixture", "helpful_share", shares), ("weight", "weight", weights)]
-    notes = {"mixture": f"; at the ends n = {n_seeds} seeds, +- standard error", "weight": ""}
-    for part, key, values in panels:
-        print(f"Held-out accuracy by {part}, {n} comparisons in training{notes[part]}")
-        print_part(rows, sizes, part, key, values)
-
-    [helpful_only] = curve(rows, "mixture", "toy", "harmless", "helpful_share", [1.0])
-    [harmless_only] = curve(rows, "mixture", "toy", "helpful", "helpful_share", [0.0])
-    lost = {}
-    for size in sizes:
-        points = curve(rows, "weight", size, "helpful", "weight", weights)
-        lost[size] = points[0][0] - points[-1][0]
-    _, sentence = verdict(helpful_only, harmless_only, lost, weights[-1], n_seeds)
-    output.finish("tension", args, rows, lambda plt: draw(plt, rows, sizes, panels), sentence)
+        runs = lab.bases([SMALLEST, LARGEST], seed, args.tiny)
+        rows += output.once("tension", args, f"seed-{seed}",
+                            lambda: one_seed(runs, n, n_test, surplus, shares, weights))
+    print(f"Held-out accuracy, {n} comparisons in training, means of {n_seeds} seeds")
+    table = []
+    for row in rows[:len(rows) // n_seeds]:  # the settings of one seed
+        where = {key: row[key] for key in ("size", "part", "helpful_share", "weight")}
+        means = {}
+        for name in COLUMNS:
+            means[name], means[f"+- {name[:7]}"] = output.mean_se(
+                output.column(output.select(rows, **where), name))
+        table.append(where | means)
+    output.table(table)
+    _, sentences = verdict(rows)
+    output.finish("tension", args, rows, lambda plt: draw(plt, rows, shares, weights), sentences)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,15 @@ def test_quantiles_of_a_printed_table(df, t):
     assert t_quantile(df) == pytest.approx(t, abs=6e-4)
 
 
+def test_a_finding_that_holds_in_its_control_does_not_hold():
+    real, flat = Claim("a", [1.0, 1.1, 0.9, 1.0], above=0.0), Claim("b", [0.1, -0.1, 0.1, 0.0], 0.0)
+    assert sentence("x", [real], [flat])[0] == "HOLDS"
+    assert sentence("x", [real], [real, flat])[0] == "HOLDS"  # not all of it holds there
+    outcome, words = sentence("x", [real], [real])
+    assert outcome == "DOES NOT HOLD" and words.startswith("DOES NOT HOLD: x. a: 1.000 [")
+    assert "Control, HOLDS: a: 1.000 [" in words and sentence("x", [flat], [real])[0] != "HOLDS"
+
+
 def test_a_mean_and_its_error_by_hand():
     assert mean_se([1.0, 2.0, 6.0]) == (3.0, math.sqrt((4 + 1 + 9) / 2 / 3))
 

@@ -44,7 +44,6 @@ SMALL = FIT | {"size": "small", "slope": 1.4}
 END = {"gap": 0.5, "gap_se": 0.1, "fall": 0.5, "fall_se": 0.1}
 PMP = {"comparisons": 250, "gain": 0.05, "gain_error": 0.02, "gain_binarized": 0.05,
        "gain_binarized_error": 0.02}
-ECE = {"ECE": 0.02, "+- ECE": 0.001, "bias": 0.012}
 LAST_OF_64 = {"n": 64, "truth": 1.5, "truth_se": 0.1}
 GATE = {"gain": 0.1, "rejected 0": 0.9, "lost 0": 0.06, "rejected 10": 0.9, "lost 10": 0.06}
 UNTRAINED = {"rejected 0": 0.2, "rejected 10": 0.3}
@@ -80,6 +79,40 @@ def elos(rlhf=(80, 80), only=(60, -200), n=4) -> list[dict]:
                 rows.append({"part": "conversations", "seed": seed, "player": player, "kind": kind,
                              "crowd": elo + wobble})
                 rows.append(rows[-1] | {"part": "single replies", "crowd": -999})
+    return rows
+
+
+def calibrations(ece=0.02, control=0.2, bias=-0.01, fall=0.1, n=4) -> list[dict]:
+    """Rows of calibration.py; the PMs "mean of 3 PMs" and "batch 32" do not decide."""
+    rows, shuffled = [], "margins shuffled (control)"
+    for seed in range(n):
+        wobble = seed * 1e-4
+        for pm, numbers in (("helpful", (ece, 0.5)), ("mixed", (0.5, bias)),
+                            (shuffled, (control, 0.5)), ("batch 32", (9.0, 9.0))):
+            rows.append({"seed": seed, "part": "calibration", "PM": pm,
+                         "ECE": numbers[0] + wobble, "bias": numbers[1] + wobble})
+        for pm, falls in (("helpful", (fall, 0.15)), (shuffled, (0.0, 9.0))):
+            for quantile, at in ((0.0, 0), (0.7, 1), (0.9, 5)):
+                rows.append({"seed": seed, "part": "threshold", "PM": pm, "quantile": quantile,
+                             "accuracy": 0.8 - at * falls[0] + at * wobble,
+                             "bayes": 0.8 - at * falls[1]})
+    return rows
+
+
+def tensions(harmless=0.33, helpful=0.38, control=0.51, n=4) -> list[dict]:
+    """Rows of tension.py: lambda = 10 costs 0.1 (small) and 0.05 (toy) of helpful accuracy."""
+    rows = []
+    for seed in range(n):
+        wobble = seed * 1e-4
+        for part, ends in (("mixture", (harmless, helpful)), ("control", (control, control))):
+            for share, found in ((1.0, (9.0, ends[0])), (0.0, (ends[1], 9.0)), (0.4, (9.0, 9.0))):
+                rows.append({"seed": seed, "part": part, "size": "toy", "helpful_share": share,
+                             "weight": 1, "helpful": found[0] + wobble,
+                             "harmless": found[1] + wobble})
+        for size, cost in (("small", 0.1 + wobble), ("toy", 0.05)):
+            for weight, lost in ((1, 0.0), (3, 9.0), (10, cost)):
+                rows.append({"seed": seed, "part": "weight", "size": size, "weight": weight,
+                             "helpful_share": 2 / 3, "helpful": 0.7 - lost, "harmless": 9.0})
     return rows
 
 
@@ -156,9 +189,11 @@ VERDICTS = {
          ([1, 4, 16], [(1.0, 0.1), (0.3, 0.1)], LAST_OF_64, (1.25, 0.2))],
         ["1.000 (10.0 se), 0.300 (3.0 se)", "best of 64 gains 1.500", "PPO 1.400 +- 0.200"]),
     "calibration": (
-        (ECE, ECE | {"ECE": 0.5}, (0.2, 0.05), 0.15),
-        [(ECE | {"ECE": 0.031}, ECE, (0.2, 0.05), 0.15), (ECE, ECE, (0.2, 0.11), 0.15)],
-        ["ECE is 0.020 +- 0.001", "the mixed PM's are 0.500", "0.200 +- 0.050", "ceiling 0.150"]),
+        (calibrations(),),
+        [(calibrations(ece=0.031),), (calibrations(control=0.029),), (calibrations(n=3), OPEN)],
+        ["its ECE: 0.020 [", "the control: 0.200 [", "HOLDS: it is less often right",
+         "than on all pairs by: 0.100 [", "The ceiling falls by 0.150",
+         "HOLDS: a PM of both kinds is under-confident. its confidence less its accuracy: -0.010"]),
     "conversations": (
         (drifts(),),
         [(drifts(up=-0.2),), (drifts(down=0.2),), (drifts(n=3), OPEN),
@@ -218,9 +253,12 @@ VERDICTS = {
          ([FIT, FIT | {"size": "m", "slope": -1}],)],
         ["at least 0.990", "in 3 runs", "in 3;", "1.30 times"]),
     "tension": (
-        ((0.33, 0.03), (0.38, 0.02), {"small": 0.1, "toy": 0.05}, 10, 3),
-        [((0.41, 0.03), (0.38, 0.02), {}, 10, 3), ((0.33, 0.03), (0.41, 0.02), {}, 10, 3)],
-        ["0.330 +- 0.030 of harmless", "0.380 +- 0.020 of helpful", "0.100 (small), 0.050 (toy)"]),
+        (tensions(),),
+        [(tensions(harmless=0.51),), (tensions(helpful=0.51),), (tensions(control=0.4),),
+         (tensions(n=3), OPEN)],
+        ["helpful-only PM on harmless comparisons: 0.330 [", "Control, DOES NOT HOLD: helpful-only",
+         "PM on helpful comparisons: 0.380 [", "HOLDS: lambda = 10", "small less toy: 0.050 [",
+         "0.100 (small) and 0.050 (toy)"]),
     "writers": (
         (writers(best=0.3),),  # the best writer has a sentence of its own
         [(writers(rlhf=0.49),), (writers(control=0.51),), (writers(rlhf=0.5), OPEN),
@@ -419,6 +457,14 @@ def test_elo_by_conversations_counts_each_players_choices(monkeypatch):
     assert [row["crowd"] for row in rows] == pytest.approx(expected.tolist())
     assert rows[2]["error"] == pytest.approx(elo_error(covariance, 0, 2))
     assert rows[2]["player"] == "C" and rows[2]["crowd"] > 0 > rows[1]["crowd"]
+
+
+def test_the_other_two_findings_about_calibration_can_fail():
+    verdict = importlib.import_module("calibration").verdict
+    for rows, failed in ((calibrations(fall=-0.01), "it is less often right"),
+                         (calibrations(bias=0.01), "a PM of both kinds")):
+        outcome, sentences = verdict(rows)
+        assert outcome == "HOLDS" and f"DOES NOT HOLD: {failed}" in sentences
 
 
 def test_a_coin_decides_which_reply_is_better():
