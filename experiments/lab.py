@@ -330,22 +330,28 @@ def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None,
 
     The policy is measured on held-out prompts before the first iteration, every cfg.eval_every
     iterations and after the last. The numbers are those of evaluate.evaluate, with "iteration" and,
-    over all prompts, "score" and "truth". `watch(learner)` is called after each measurement.
+    over all prompts, "score" and "truth"; "train_score" and "train_kl" are of the last iteration's
+    own samples (at the start they are those of "score" and 0). `watch(learner)` is called after
+    each measurement.
     prompts: to learn from; by default those of the run's comparisons (§4.1)."""
     reference = reference or load(run)
     learner = Learner(run, cfg, reference, pm)
     prompts = prompts or Prompts(run, cfg.max_response, cfg.harmless_share)
     held_out = prompts.held_out(cfg.eval_prompts)
-    path = []
+    path, statistics = [], None
     for iteration in range(cfg.iterations + 1):
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
             numbers, _ = evaluate(run, cfg, learner.policy, reference, pm, held_out)
             numbers["score"] = (2 * numbers["score_helpful"] + numbers["score_harmless"]) / 3
             numbers["truth"] = (2 * numbers["helpfulness"] + numbers["harmlessness"]) / 3
+            numbers["train_score"], numbers["train_kl"] = numbers["score"], 0.0
+            if statistics is not None:
+                numbers["train_score"] = statistics["score"]
+                numbers["train_kl"] = statistics["kl"]
             numbers["iteration"] = iteration
             path.append(numbers)
             if watch:
                 watch(learner)
         if iteration < cfg.iterations:
-            learner.iterate(prompts, iteration)
+            statistics = learner.iterate(prompts, iteration)
     return learner, path
