@@ -171,6 +171,16 @@ def comparisons(run: Run, n: int, kind: str = "helpful", name: str = "train",
         return collect(run, PMConfig(noise=noise), policy, kind, name, n)
 
 
+def by_coin(rng, pairs: list[Comparison]) -> list[Comparison]:
+    """The same pairs with labels that mean nothing: a coin decides which reply is preferred."""
+    found = []
+    for pair in pairs:
+        if rng.random() < 0.5:
+            pair = dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        found.append(pair)
+    return found
+
+
 def conversations(run: Run, kind: str, n: int, name: str, keep: str = "", held_out: bool = False,
                   turns: int = MAX_TURNS) -> list[Exchange]:
     """The exchanges of n conversations with the initial policy, which gives two replies at each
@@ -200,6 +210,12 @@ def train_pm_on(run: Run, pairs: list[Comparison], weight: float = 1.0, cfg=None
         stage = Stage(folder, "pm", cfg, folder.path("pm.pt"), parents=[])
         train_pm.fit(run, stage, cfg, pm, encoded, weights)
     return pm.requires_grad_(False)
+
+
+def untrained_pm(run: Run) -> ScalarModel:
+    """A PM whose body and head have random weights."""
+    torch.manual_seed(run.seed)
+    return run.prepare(ScalarModel(GPT(run.model_config()))).eval().requires_grad_(False)
 
 
 def scores(run: Run, pm: ScalarModel, pairs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Preference-model pretraining (PMP; GL §4, HH App. A.2): how much do cheap comparisons help a PM?
 
-    python experiments/pmp.py                # 3 seeds; minutes on two CPU cores
-    python experiments/pmp.py --full         # 6 seeds, up to 16,000 comparisons
+    python experiments/pmp.py                # 1 seed; minutes on two CPU cores
+    python experiments/pmp.py --full         # 6 seeds
 
 GL's claim: with 500 human comparisons, PMP improves accuracy by 5 to 10 points at 52B, and more
 with binarized comparisons, which leave less to unlearn. The cheap comparisons here are 4,000 pairs
@@ -11,19 +11,25 @@ fixed answer ("binarized": "GOOD" above "BAD" before A, "BAD" above "GOOD" befor
 trained on few or many of the crowdworkers' comparisons of helpful replies, and its accuracy on
 held-out ones is compared with that of a PM that starts from the LM.
 
-The verdict's threshold: with the fewest comparisons, PMP improves accuracy by more than 2 standard
-errors over seeds, with both kinds (HOLDS) or with one (HOLDS IN PART). With three seeds this is
-weaker than a test at 5%, which asks for 4.3 standard errors. All seeds share one LM.
+1. The finding: where comparisons are few (the mean over 100, 250 and 500), ranked PMP improves
+   accuracy. In the control, a coin decides which of the two answers has more votes.
+2. A finding of its own, with the same control: so does binarized PMP.
+Gains are taken within a seed: the accuracies of one seed share their comparisons and their test.
 """
 import lab
 import output
 import torch
+from decide import Claim, sentence
 
+import toy
 import toy_corpus
 import train_pm
 from measures import agreement
 
-STARTS = ("none", "ranked", "binarized")
+NONE, RANKED, BINARIZED = "none", "ranked", "binarized"
+BY_COIN, BINARIZED_BY_COIN = "ranked by coin (control)", "binarized by coin (control)"
+STARTS = (NONE, RANKED, BINARIZED, BY_COIN, BINARIZED_BY_COIN)
+FEW = 500  # comparisons, at most
 
 
 def accuracy(run, pm, pairs) -> float:
@@ -34,81 +40,95 @@ def accuracy(run, pm, pairs) -> float:
     return agreement(chosen - rejected, p).mean().item()
 
 
-def one_seed(run, sizes: list[int], n_forum: int, n_draw: int, n_test: int) -> dict:
-    """-> {(start, comparisons): accuracy}; the same comparisons, in the same order, for every
-    start."""
+def one_seed(run, sizes: list[int], n_forum: int, n_draw: int, n_test: int) -> list[dict]:
+    """A row for each start and number of comparisons; the same comparisons, in the same order, for
+    every start."""
     rng, cfg = run.rng("forum", "train"), train_pm.PMPConfig()
     forum = [toy_corpus.upvoted(rng) for _ in range(n_forum)]
-    starts = {"none": train_pm.from_lm(run), "ranked": lab.train_pm_on(run, forum, cfg=cfg),
-              "binarized": lab.train_pm_on(run, train_pm.binarize(forum), cfg=cfg)}
+    tossed = lab.by_coin(run.rng("forum", "coin"), forum)
+    pretraining = {RANKED: forum, BINARIZED: train_pm.binarize(forum), BY_COIN: tossed,
+                   BINARIZED_BY_COIN: train_pm.binarize(tossed)}
     pairs, test = lab.comparisons(run, n_draw), lab.comparisons(run, n_test, name="test")
-    found = {}
-    for name, start in starts.items():
-        found[name, 0] = accuracy(run, start, test)
-        for n in sizes:
-            pm = lab.train_pm_on(run, pairs[:n], start=start)
-            found[name, n] = accuracy(run, pm, test)
-    return found
-
-
-def summarize(found: list[dict], n: int) -> dict:
-    """The row for n comparisons: mean accuracies over seeds, and the gains over no PMP.
-
-    A seed's accuracies share their comparisons and their test, so a gain is taken within a seed; it
-    scatters less than they do."""
-    row = {"comparisons": n}
+    rows = []
     for name in STARTS:
-        row[name], row[f"{name}_error"] = output.mean_se(seed[name, n] for seed in found)
-    for name, gain in (("ranked", "gain"), ("binarized", "gain_binarized")):
-        gains = [seed[name, n] - seed["none", n] for seed in found]
-        row[gain], row[f"{gain}_error"] = output.mean_se(gains)
-    return row
+        start = train_pm.from_lm(run)
+        if name in pretraining:
+            start = lab.train_pm_on(run, pretraining[name], cfg=cfg)
+        for n in (0, *sizes):
+            pm = lab.train_pm_on(run, pairs[:n], start=start) if n else start
+            rows.append({"seed": run.seed, "PMP": name, "comparisons": n,
+                         "accuracy": accuracy(run, pm, test)})
+    return rows
+
+
+def accuracies(rows: list[dict], name: str, n: int) -> list[float]:
+    """One number for each seed."""
+    return output.column(output.select(rows, PMP=name, comparisons=n), "accuracy")
+
+
+def gains(rows: list[dict], name: str, n: int) -> list[float]:
+    """Accuracy with PMP less that without, for each seed."""
+    pairs = zip(accuracies(rows, name, n), accuracies(rows, NONE, n))
+    return [a - b for a, b in pairs]
+
+
+def gains_where_few(rows: list[dict], name: str) -> list[float]:
+    """The mean gain over the small numbers of comparisons, for each seed."""
+    sizes = [n for n in dict.fromkeys(output.column(rows, "comparisons")) if 0 < n <= FEW]
+    by_size = [gains(rows, name, n) for n in sizes]
+    return [toy.mean_or_nan(of_seed) for of_seed in zip(*by_size)]
 
 
 def draw(plt, rows):
-    sizes = output.column(rows, "comparisons")
-    for name in STARTS:
-        plt.errorbar(sizes, output.column(rows, name), output.column(rows, f"{name}_error"),
-                     capsize=3, label=f"PMP: {name}")
+    sizes = [n for n in dict.fromkeys(output.column(rows, "comparisons")) if n]
+    for name, style in zip(STARTS, ("o-", "s-", "^-", "s:", "^:")):
+        points = [output.mean_se(accuracies(rows, name, n)) for n in sizes]
+        means, errors = zip(*points)
+        plt.errorbar(sizes, means, errors, fmt=style, ms=4, capsize=3, label=f"PMP: {name}")
     plt.xscale("log")
     plt.xticks(sizes, sizes)
     plt.minorticks_off()
     plt.xlabel("comparisons of crowdworkers")
     plt.ylabel("accuracy on held-out comparisons")
-    plt.legend()
+    plt.legend(fontsize=7)
 
 
-def verdict(few: dict, many: dict, n: int) -> tuple[str, str]:
-    """few, many: the rows (see `summarize`) of the fewest and the most comparisons; n seeds."""
-    def words(row, name):
-        return f"{row[name]:+.3f} +- {row[f'{name}_error']:.3f}"
+def verdict(rows: list[dict]) -> tuple[str, str]:
+    """The outcome for ranked PMP, and the sentences for both forms."""
+    def found(form: str, control: str) -> tuple[str, str]:
+        name = f"accuracy with {form} PMP less without"
+        return sentence(f"{form} PMP helps where comparisons are few",
+                        [Claim(name, gains_where_few(rows, form), above=0.0)],
+                        [Claim(name, gains_where_few(rows, control), above=0.0)])
 
-    helped = 0
-    for name in ("gain", "gain_binarized"):
-        helped += few[name] > 2 * few[f"{name}_error"]
-    outcome = ("DOES NOT HOLD", "HOLDS IN PART", "HOLDS")[helped]
-    return outcome, (
-        f"{outcome}: PMP helps where comparisons are few. With {few['comparisons']} the ranked "
-        f"kind changes accuracy by {words(few, 'gain')} over no PMP, the binarized kind by "
-        f"{words(few, 'gain_binarized')} (threshold: 2 errors above 0; n = {n} seeds; GL: "
-        f"binarized is better); with {many['comparisons']} by {words(many, 'gain')} and "
-        f"{words(many, 'gain_binarized')}.")
+    outcome, ranked = found(RANKED, BY_COIN)
+    _, binarized = found(BINARIZED, BINARIZED_BY_COIN)
+    return outcome, f"{ranked} {binarized}"
 
 
 def experiment(args):
-    sizes, n_forum, n_test, n_seeds = [250, 500, 1000, 2000, 4000], 4000, 2000, 3
+    sizes, n_forum, n_test, n_seeds = [100, 250, 500, 1000, 4000], 4000, 2000, 1
     if args.full:
-        sizes, n_seeds = sizes + [8000, 16000], 6
+        n_test, n_seeds = 4000, 6
     n_draw = max(sizes) * 5 // 4  # some are dropped: identical or unfinished
     if args.tiny:
-        sizes, n_forum, n_draw, n_test, n_seeds = [8], 16, 30, 60, 2
-    base, found = lab.base("toy", 0, args.tiny), []
+        sizes, n_forum, n_draw, n_test = [8], 16, 30, 60
+    rows = []
     for seed in range(args.seed, args.seed + n_seeds):
-        found.append(one_seed(lab.replica(base, seed), sizes, n_forum, n_draw, n_test))
-    rows = [summarize(found, n) for n in [0, *sizes]]
-    output.table(rows)
-    _, sentence = verdict(rows[1], rows[-1], n_seeds)
-    output.finish("pmp", args, rows, lambda plt: draw(plt, rows[1:]), sentence)
+        run = lab.base("toy", seed, args.tiny)
+        rows += output.once("pmp", args, f"seed-{seed}",
+                            lambda: one_seed(run, sizes, n_forum, n_draw, n_test))
+    print(f"accuracy on held-out comparisons, means of {n_seeds} seeds")
+    table = []
+    for n in (0, *sizes):
+        row = {"comparisons": n}
+        for name in STARTS:
+            row[name], _ = output.mean_se(accuracies(rows, name, n))
+        row["gain of ranked"], row["+-"] = output.mean_se(gains(rows, RANKED, n))
+        table.append(row)
+    output.table(table)
+    _, sentences = verdict(rows)
+    output.finish("pmp", args, rows, lambda plt: draw(plt, rows), sentences)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,9 @@ import math
 
 import lab
 import output
-import torch
 from decide import Claim, sentence
 
 from measures import line_fit
-from model import GPT
-from pm import ScalarModel
 from train_rl import RLConfig
 
 EARLY = 1.0     # the range of the line, in sqrt(nats)
@@ -57,12 +54,6 @@ def common_pm(run, n: int):
     test = lab.comparisons(run, n // 8, "helpful", "test")
     test += lab.comparisons(run, n // 8, "harmless", "test")
     return lab.center(run, lab.train_pm_on(run, pairs), test)
-
-
-def untrained_pm(run) -> ScalarModel:
-    """A PM whose body and head have random weights."""
-    torch.manual_seed(run.seed)
-    return run.prepare(ScalarModel(GPT(run.model_config()))).eval().requires_grad_(False)
 
 
 def steepest_slope(run, initial, pm, n_prompts: int) -> float:
@@ -105,7 +96,7 @@ def fit_early(path: list[dict], score: str, distance: str = "sqrt_kl") -> dict:
 def one_seed(runs: dict, cfg: RLConfig, n: int, n_prompts: int) -> list[dict]:
     """Rows of paths ("part": "path") and of fits ("part": "fit")."""
     rows, largest = [], list(runs)[-1]
-    pm, other = common_pm(runs[largest], n), untrained_pm(runs[largest])
+    pm, other = common_pm(runs[largest], n), lab.untrained_pm(runs[largest])
     settings = [(size, KL_COEF) for size in runs]
     settings += [(largest, coefficient) for coefficient in OTHER_COEFS]
     for size, coefficient in settings:

@@ -16,8 +16,6 @@ replies (HH: nearly all are of 52B models). Measured:
    0.015 at 52B. A finding of its own: it costs the small PM more than the toy PM.
 What the same tension does to a policy (§4.4) is in negotiator.py.
 """
-import dataclasses
-
 import lab
 import output
 from decide import Claim, sentence
@@ -39,16 +37,6 @@ def accuracies(run, pm, test: dict) -> dict[str, float]:
     return found | {"mean": mean_or_nan(found.values())}
 
 
-def by_coin(run, pairs: list) -> list:
-    """The same pairs, with a coin's labels."""
-    rng, labeled = run.rng("tension", "coin"), []
-    for pair in pairs:
-        if rng.random() < 0.5:
-            pair = dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
-        labeled.append(pair)
-    return labeled
-
-
 def measure_pms(run, found: dict, test: dict, n: int, settings: list[tuple]) -> list[dict]:
     """One PM and row for each (part, share of helpful comparisons, lambda)."""
     rows = []
@@ -56,7 +44,7 @@ def measure_pms(run, found: dict, test: dict, n: int, settings: list[tuple]) -> 
         k = round(share * n)
         pairs = found["helpful"][:k] + found["harmless"][:n - k]
         if part == "control":
-            pairs = by_coin(run, pairs)
+            pairs = lab.by_coin(run.rng("tension", "coin"), pairs)
         pm = lab.train_pm_on(run, pairs, weight)
         row = {"part": part, "helpful_share": share, "weight": weight}
         rows.append(row | accuracies(run, pm, test))

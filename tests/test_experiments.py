@@ -39,9 +39,6 @@ FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in
 # ---- 1. Verdicts -------------------------------------------------------------
 
 # Made-up numbers that hold.
-PMP = {"comparisons": 250, "gain": 0.05, "gain_error": 0.02, "gain_binarized": 0.05,
-       "gain_binarized_error": 0.02}
-LAST_OF_64 = {"n": 64, "truth": 1.5, "truth_se": 0.1}
 GATE = {"gain": 0.1, "rejected 0": 0.9, "lost 0": 0.06, "rejected 10": 0.9, "lost 10": 0.06}
 UNTRAINED = {"rejected 0": 0.2, "rejected 10": 0.3}
 
@@ -126,6 +123,34 @@ def optimized(gap=0.5, fall=0.4, control=-0.3, n=4) -> list[dict]:
                 rows.append(setting | {"part": "path", "sqrt_kl": distance, "truth": 1.0,
                                        "train_pm": distance, "test_pm": distance * test
                                        + wobble * distance * (size == "toy")})
+    return rows
+
+
+def samples(truths=(0.0, 1.0, 1.2, 1.3), control=-0.1, n=4) -> list[dict]:
+    """Rows of best_of_n.py; PPO ends 0.05 below best of 64."""
+    rows = []
+    for seed in range(n):
+        wobble = seed * 1e-4
+        for step, (samples, truth) in enumerate(zip((1, 4, 16, 64), truths)):
+            rows.append({"seed": seed, "by": "PM", "n": samples, "truth": truth + step * wobble})
+            rows.append({"seed": seed, "by": "untrained PM (control)", "n": samples,
+                         "truth": step * (control + wobble)})
+        for iteration, gain in ((0, 0.0), (60, truths[-1] - 0.05)):
+            rows.append({"seed": seed, "by": "PPO", "n": iteration, "truth": gain + 2 * wobble})
+    return rows
+
+
+def pretrained(ranked=0.05, binarized=-0.1, control=-0.01, n=4) -> list[dict]:
+    """Rows of pmp.py; above 500 comparisons nothing counts."""
+    rows = []
+    for seed in range(n):
+        for comparisons in (0, 100, 500, 4000):
+            is_few = comparisons in (100, 500)
+            for name, gain in (("none", 0.0), ("ranked", ranked), ("binarized", binarized),
+                               ("ranked by coin (control)", control),
+                               ("binarized by coin (control)", control)):
+                rows.append({"seed": seed, "PMP": name, "comparisons": comparisons, "accuracy":
+                             0.6 + (gain + seed * 1e-4 * (name != "none") if is_few else -gain)})
     return rows
 
 
@@ -214,10 +239,12 @@ VERDICTS = {
          ([("small", 0.12, math.nan), ("toy", 0.02, 0.01)], 1)],  # one seed has no error
         ["+0.120 +- 0.010 at small", "+0.020 +- 0.010 at toy", "n = 3"]),
     "best_of_n": (
-        ([1, 4, 16], [(1.0, 0.1), (0.3, 0.1)], LAST_OF_64, (1.4, 0.2)),
-        [([1, 4, 16], [(1.0, 0.1), (0.19, 0.1)], LAST_OF_64, (1.4, 0.2)),
-         ([1, 4, 16], [(1.0, 0.1), (0.3, 0.1)], LAST_OF_64, (1.25, 0.2))],
-        ["1.000 (10.0 se), 0.300 (3.0 se)", "best of 64 gains 1.500", "PPO 1.400 +- 0.200"]),
+        (samples(),),
+        [(samples(truths=(0, -0.1, 1.0, 1.1)),), (samples(truths=(0, 1.0, 0.9, 1.1)),),
+         (samples(truths=(0, 1.0, 1.2, 1.1)),), (samples(control=0.1),), (samples(n=3), OPEN)],
+        ["from 1 to 4: 1.000 [", "from 4 to 16: 0.200 [", "from 16 to 64: 0.100 [",
+         "Control, DOES NOT HOLD: from 1 to 4: -0.100", "HOLDS: PPO is as good as best of 64",
+         "less that: -0.050 ["]),
     "calibration": (
         (calibrations(),),
         [(calibrations(ece=0.031),), (calibrations(control=0.029),), (calibrations(n=3), OPEN)],
@@ -271,10 +298,10 @@ VERDICTS = {
         [(scaling_fits(r2=0.89),), (scaling_fits(b=-0.01),), (scaling_fits(c=-0.02),)],
         ["b = 0.010 and c = 0.020", "R^2 = 0.950", "0.100 on helpful and 0.200 on harmless"]),
     "pmp": (
-        (PMP, PMP | {"gain": 0.0, "gain_binarized": 0.0}, 3),
-        [(PMP | {"gain": 0.039}, PMP, 3, PART), (PMP | {"gain_binarized": -1.0}, PMP, 3, PART),
-         (PMP | {"gain": 0.039, "gain_binarized": 0.039}, PMP, 3)],
-        ["+0.050 +- 0.020 over no PMP", "by +0.000 +- 0.020 and"]),
+        (pretrained(),),
+        [(pretrained(ranked=-0.01),), (pretrained(control=0.02),), (pretrained(n=3), OPEN)],
+        ["with ranked PMP less without: 0.050 [", "Control, DOES NOT HOLD: accuracy with ranked",
+         "DOES NOT HOLD: binarized PMP helps", "with binarized PMP less without: -0.100 ["]),
     "robustness": (
         (optimized(),),
         [(optimized(gap=-0.1),), (optimized(fall=-0.1),), (optimized(control=0.1),),
@@ -344,11 +371,11 @@ def test_means_errors_and_selected_rows_by_hand():
 
 
 def test_where_a_path_crosses_and_where_it_leaves_its_line():
-    interpolate = importlib.import_module("best_of_n").interpolate
-    xs, ys = [0.0, 2.0, 1.0, 4.0], [0.0, 1.0, 5.0, 8.0]  # the first crossing on a path that turns
-    assert interpolate(1.5, xs, ys) == pytest.approx(0.75)
-    assert interpolate(3.0, xs, ys) == pytest.approx(7.0)
-    assert math.isnan(interpolate(4.5, xs, ys))
+    at_distance = importlib.import_module("robustness").at_distance
+    points = [{"sqrt_kl": x, "y": y} for x, y in ((0.0, 0.0), (2.0, 1.0), (1.0, 5.0), (4.0, 8.0))]
+    assert at_distance(points, 1.5, "y") == pytest.approx(0.75)  # the first crossing
+    assert at_distance(points, 3.0, "y") == pytest.approx(7.0)
+    assert at_distance(points, 4.5, "y") == 8.0  # never reached: the end
     for scores, expected in (([0.0, 1.0, 1.7, 2.0], 2.0), ([0.0, 1.0, 2.1, 3.2], math.nan),
                              ([0.0, 0.5, 2.0, 2.0], 3.0)):  # it came back before
         found = importlib.import_module("sqrt_kl").leaves([0.0, 1.0, 2.0, 3.0], scores, 1.0, 0.0)
@@ -367,13 +394,15 @@ def test_a_fall_is_measured_on_other_prompts_than_its_peak():
     assert {name: end[name] for name in expected} == pytest.approx(expected)
 
 
-def test_pmp_gains_are_taken_within_a_seed():
-    found = [{("none", 8): 0.5, ("ranked", 8): 0.6, ("binarized", 8): 0.4},
-             {("none", 8): 0.7, ("ranked", 8): 0.8, ("binarized", 8): 0.7}]
-    row = importlib.import_module("pmp").summarize(found, 8)
-    assert (row["gain"], row["gain_error"]) == pytest.approx((0.1, 0.0))
-    assert (row["gain_binarized"], row["gain_binarized_error"]) == pytest.approx((-0.05, 0.05))
-    assert row["none_error"] == pytest.approx(0.1)
+def test_pmp_gains_are_taken_within_a_seed_and_averaged_where_comparisons_are_few():
+    pmp, rows = importlib.import_module("pmp"), []
+    for seed, found in ((0, {"none": (0.9, 0.5, 0.6, 0.7), "ranked": (0.9, 0.6, 0.9, 0.7)}),
+                        (1, {"none": (0.9, 0.7, 0.7, 0.9), "ranked": (0.9, 0.6, 0.7, 0.9)})):
+        for name, accuracies in found.items():
+            for n, accuracy in zip((0, 100, 500, 1000), accuracies):
+                rows.append({"seed": seed, "PMP": name, "comparisons": n, "accuracy": accuracy})
+    assert pmp.gains(rows, "ranked", 100) == pytest.approx([0.1, -0.1])
+    assert pmp.gains_where_few(rows, "ranked") == pytest.approx([0.2, -0.05])
 
 
 def test_outlier_errors_are_over_splits_and_the_best_detector_is_chosen_per_size():
