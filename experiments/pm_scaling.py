@@ -1,7 +1,7 @@
 """§3.2, App. A.3, Figs 7, 31, 32: PM accuracy grows with the log of comparisons and of size.
 
-    python experiments/pm_scaling.py              # three sizes, 250 to 8,000 comparisons, 1 seed
-    python experiments/pm_scaling.py --full       # up to 16,000 comparisons, 3 seeds
+    python experiments/pm_scaling.py              # 1 seed, three sizes; minutes on two CPU cores
+    python experiments/pm_scaling.py --full       # 4 seeds
 
 The paper's claim: accuracy is roughly linear in both logs, more cleanly for helpful-only PMs. PMs
 of each size learn here from nested subsets of one set of comparisons: helpful ones only (Fig. 32),
@@ -11,22 +11,28 @@ fitted, for all sizes and amounts together, by Eq. A.1:
 
     accuracy = a + b log(P / P_max) + c log(D / D_max)   P parameters without the embeddings
                                                          D comparisons
-The verdict's thresholds, for helpful-only PMs: R^2 is at least 0.9, and b and c are above 0.
-
-Labels are noisy, so accuracy has a ceiling, that of a judge who knows the truth; the paper could
-not know its own. A line has none: where PMs come near it, growth must bend, and R^2 falls.
+1. The finding, for helpful-only PMs: in each seed b and c are above 0, and R^2 is above 0.9. In the
+   control, a coin has labeled the comparisons.
+2. A finding of its own. Labels are noisy, so accuracy has a ceiling, that of a judge who knows the
+   truth; the paper could not know its own. A line has none. If the distance to the ceiling is a
+   power law, then log(ceiling - accuracy) = a + b log P + c log D. Both forms are fitted to the
+   smaller amounts and predict the accuracy at the larger ones (above a quarter of the largest). The
+   power law's error is below the line's, for helpful-only PMs.
 """
 import math
 
 import lab
 import output
+from decide import Claim, sentence
 
 from measures import fit_scaling
 from pm import report
 from toy import mean_or_nan
 
 LOG_LINEAR = 0.9  # the R^2 of Eq. A.1 from which on growth counts as log-linear
-CURVES = (("helpful", "helpful"), ("mixed", "helpful"), ("mixed", "harmless"))  # trained, tested on
+COIN = "labeled by a coin (control)"
+HELPFUL = ("helpful", "helpful")  # trained on, tested on
+CURVES = (HELPFUL, ("mixed", "helpful"), ("mixed", "harmless"), (COIN, "helpful"))
 
 
 def measure(run, pairs, test: dict, data: str) -> list[dict]:
@@ -43,24 +49,57 @@ def measure(run, pairs, test: dict, data: str) -> list[dict]:
     return rows
 
 
-def one_seed(runs: dict, seed: int, amounts: list[int], n_test: int, surplus: float) -> list[dict]:
+def one_seed(runs: dict, amounts: list[int], n_test: int, surplus: float) -> list[dict]:
     """`surplus` times as many comparisons are drawn as are used, because some are dropped."""
-    world = lab.replica(runs["toy"], seed)  # replies are the largest policy's for every PM
+    world = list(runs.values())[-1]  # replies are the largest policy's for every PM
     n, rows, test = amounts[-1], [], {}
     helpful = lab.comparisons(world, int(surplus * n))
     harmless = lab.comparisons(world, int(surplus * n / 3), "harmless")
+    tossed = lab.by_coin(world.rng("scaling", "coin"), helpful)
     for kind in lab.KINDS:
         test[kind] = lab.comparisons(world, n_test, kind, "test")
-    for size in runs:
-        run = lab.replica(runs[size], seed)
-        for data in ("helpful", "mixed"):
+    for size, run in runs.items():
+        for data in ("helpful", "mixed", COIN):
             for amount in amounts:
                 third = amount // 3 if data == "mixed" else 0
                 pairs = helpful[:amount - third] + harmless[:third]
+                if data == COIN:
+                    pairs = tossed[:amount]
                 for row in measure(run, pairs, test, data):
-                    rows.append({"trained_on": data, "size": size, "seed": seed,
+                    rows.append({"seed": run.seed, "trained_on": data, "size": size,
                                  "comparisons": amount} | row)
     return rows
+
+
+def fit(rows: list[dict]):
+    """(a, b, c), R^2 of Eq. A.1."""
+    amounts = output.column(rows, "comparisons")
+    largest = max(output.column(rows, "params"))
+    return fit_scaling(output.column(rows, "params"), amounts, output.column(rows, "accuracy"),
+                       at=(largest, max(amounts)))
+
+
+def prediction_errors(rows: list[dict]) -> tuple[float, float]:
+    """How far the line and the power law are off at the amounts that they were not fitted to: root
+    mean squares of differences in accuracy. rows: of one seed and curve."""
+    most, ceiling = max(output.column(rows, "comparisons")), rows[0]["bayes"]
+    seen = [row for row in rows if row["comparisons"] <= most / 4]
+    unseen = [row for row in rows if row["comparisons"] > most / 4]
+    logs = []
+    for row in seen:
+        distance = max(ceiling - row["accuracy"], 1e-3)  # luck can lift an accuracy above it
+        logs.append(row | {"accuracy": math.log(distance)})
+    params = max(output.column(seen, "params"))
+    at = max(output.column(seen, "comparisons"))
+    line, power = 0.0, 0.0
+    (a, b, c), _ = fit(seen)
+    (log_a, log_b, log_c), _ = fit(logs)
+    for row in unseen:
+        log_p, log_d = math.log(row["params"] / params), math.log(row["comparisons"] / at)
+        line += (a + b * log_p + c * log_d - row["accuracy"]) ** 2
+        power_law = ceiling - math.exp(log_a + log_b * log_p + log_c * log_d)
+        power += (power_law - row["accuracy"]) ** 2
+    return math.sqrt(line / len(unseen)), math.sqrt(power / len(unseen))
 
 
 def curve(rows: list[dict], trained_on: str, tested_on: str) -> list[dict]:
@@ -87,72 +126,69 @@ def print_table(rows: list[dict], sizes: list[str], amounts: list[int]):
     output.table(table)
 
 
-def draw(plt, rows, fits, sizes, amounts):
+def draw(plt, rows, sizes, amounts):
     plt.gcf().set_size_inches(9, 3.5)
-    largest = max(output.column(rows, "params"))
-    for i, (trained_on, tested_on) in enumerate(CURVES, 1):
+    for i, (trained_on, tested_on) in enumerate(CURVES[:3], 1):
         plt.subplot(1, 3, i)
         mine = curve(rows, trained_on, tested_on)
-        (a, b, c), _ = fits[trained_on, tested_on]
-        for size, color in zip(sizes, ("C0", "C1", "C2")):
-            errors, line = [], []
-            log_p = math.log(output.select(mine, size=size)[0]["params"] / largest)
-            for amount in amounts:
-                found = output.select(mine, size=size, comparisons=amount)
-                width = mean_or_nan(row["high"] - row["low"] for row in found)
-                errors.append(width / 2 / len(found) ** 0.5)  # 95%
-                line.append(a + b * log_p + c * math.log(amount / amounts[-1]))
-            plt.errorbar(amounts, accuracies(mine, size, amounts), errors, fmt=".", color=color,
-                         label=size)
-            plt.plot(amounts, line, color=color, lw=0.8)
-        plt.axhline(mine[0]["bayes"], color="gray", ls=":")
+        for size, style in zip(sizes, ("C0.-", "C1.--", "C2.:")):
+            plt.plot(amounts, accuracies(mine, size, amounts), style, label=size)
+        plt.axhline(mean_or_nan(output.column(mine, "bayes")), color="gray", lw=0.8)
         plt.xscale("log")
         plt.ylim(0.4, 0.85)
         plt.xticks(amounts, amounts, fontsize=7)
         plt.minorticks_off()
         plt.title(f"{trained_on} PM on {tested_on}", fontsize=8)
         plt.xlabel("comparisons")
+        plt.ylabel("accuracy" if i == 1 else "")
         plt.legend(fontsize=7)
 
 
-def verdict(fits: dict) -> tuple[str, str]:
-    """fits: {(trained on, tested on): ((a, b, c), R^2)} for the three curves."""
-    (_, b, c), r2 = fits["helpful", "helpful"]
-    outcome, words = "DOES NOT HOLD", "accuracy is not log-linear here"
-    if r2 >= LOG_LINEAR and b > 0 and c > 0:
-        outcome, words = "HOLDS", "accuracy grows with log D and log P"
-    return outcome, (
-        f"{outcome}: {words}: for helpful-only PMs Eq. A.1 has b = {b:.3f} and c = {c:.3f} (HH: "
-        f"0.007 and 0.015, if its logs are natural) with R^2 = {r2:.3f} (threshold {LOG_LINEAR}, "
-        f"and b and c above 0); trained on both kinds, R^2 is {fits['mixed', 'helpful'][1]:.3f} on "
-        f"helpful and {fits['mixed', 'harmless'][1]:.3f} on harmless comparisons.")
+def verdict(rows: list[dict]) -> tuple[str, str]:
+    """The outcome of the first finding, and the sentences of both."""
+    seeds = dict.fromkeys(output.column(rows, "seed"))
+
+    def claims(trained_on: str) -> list[Claim]:
+        found = [fit(output.select(curve(rows, trained_on, "helpful"), seed=seed))
+                 for seed in seeds]
+        return [Claim("b (size; HH 0.007)", [b for (_, b, _), _ in found], above=0.0),
+                Claim("c (comparisons; HH 0.015)", [c for (_, _, c), _ in found], above=0.0),
+                Claim("R^2", [r2 for _, r2 in found], above=LOG_LINEAR)]
+
+    outcome, linear = sentence("accuracy is linear in log D and log P", claims("helpful"),
+                               claims(COIN))
+    better = []
+    for seed in seeds:
+        line, power = prediction_errors(output.select(curve(rows, *HELPFUL), seed=seed))
+        better.append(line - power)
+    _, bent = sentence("the distance to the ceiling is a power law rather",
+                       [Claim("error of the line less that of the power law", better, above=0.0)])
+    return outcome, f"{linear} {bent}"
 
 
 def experiment(args):
     sizes, n, n_test, n_seeds, surplus = ["small", "medium", "toy"], 8000, 3000, 1, 1.1
     if args.full:
-        n, n_test, n_seeds = 16_000, 5000, 3
+        n_test, n_seeds = 5000, 4
     amounts = [n // 32, n // 16, n // 8, n // 4, n // 2, n]
     if args.tiny:
-        sizes, amounts, n_test, surplus = ["small", "toy"], [8, 16], 60, 2
-    runs, rows = lab.bases(sizes, args.seed, args.tiny), []
+        sizes, amounts, n_test, surplus = ["small", "toy"], [8, 12, 64], 60, 3
+    rows = []
     for seed in range(args.seed, args.seed + n_seeds):
-        rows += one_seed(runs, seed, amounts, n_test, surplus)
-
-    fits, largest = {}, max(output.column(rows, "params"))
+        runs = lab.bases(sizes, seed, args.tiny)
+        rows += output.once("pm_scaling", args, f"seed-{seed}",
+                            lambda: one_seed(runs, amounts, n_test, surplus))
     for trained_on, tested_on in CURVES:
         print(f"Trained on {trained_on}, tested on {tested_on}: accuracy by number of comparisons "
-              f"(n = {n_seeds} seeds)")
+              f"(means of {n_seeds} seeds)")
         mine = curve(rows, trained_on, tested_on)
         print_table(mine, sizes, amounts)
-        (a, b, c), r2 = fits[trained_on, tested_on] = fit_scaling(
-            output.column(mine, "params"), output.column(mine, "comparisons"),
-            output.column(mine, "accuracy"), at=(largest, amounts[-1]))
-        print(f"    accuracy = {a:.3f} + {b:.4f} log(P / {largest:,}) + {c:.4f} log(D / "
-              f"{amounts[-1]:,}), R^2 = {r2:.3f}")
-    _, sentence = verdict(fits)
-    output.finish("pm_scaling", args, rows, lambda plt: draw(plt, rows, fits, sizes, amounts),
-                  sentence)
+        (a, b, c), r2 = fit(mine)
+        line, power = prediction_errors(mine)
+        print(f"    accuracy = {a:.3f} + {b:.4f} log(P / P_max) + {c:.4f} log(D / D_max), R^2 = "
+              f"{r2:.3f}; errors of predictions: line {line:.3f}, power law {power:.3f}")
+    _, sentences = verdict(rows)
+    output.finish("pm_scaling", args, rows, lambda plt: draw(plt, rows, sizes, amounts), sentences)
 
 
 if __name__ == "__main__":

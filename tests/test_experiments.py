@@ -154,6 +154,19 @@ def pretrained(ranked=0.05, binarized=-0.1, control=-0.01, n=4) -> list[dict]:
     return rows
 
 
+def skills(small=0.1, large=0.02, text=-0.01, n=4) -> list[dict]:
+    """Rows of alignment_tax.py; RLHF costs 0.01, and distillation the rest."""
+    rows = []
+    for seed in range(n):
+        for size, tax in (("small", small + seed * 1e-4), ("medium", 9.0), ("toy", large)):
+            with_text = text if size == "small" else 0.0
+            for stage, lost in (("LM", 0.0), ("initial", tax - 0.01 - seed * 1e-5), ("RLHF", tax),
+                                ("RLHF with text (control)", with_text)):
+                rows.append({"seed": seed, "size": size, "stage": stage, "zero": 0.9 - lost,
+                             "few": 0.5})
+    return rows
+
+
 def tensions(harmless=0.33, helpful=0.38, control=0.51, n=4) -> list[dict]:
     """Rows of tension.py: lambda = 10 costs 0.1 (small) and 0.05 (toy) of helpful accuracy."""
     rows = []
@@ -223,9 +236,20 @@ def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
     return rows
 
 
-def scaling_fits(r2=0.95, b=0.01, c=0.02):
-    return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
-            ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
+def scaled(b=0.01, c=0.02, noise=0.0, control=-0.02, n=4) -> list[dict]:
+    """Rows of pm_scaling.py on Eq. A.1, up to a zigzag."""
+    rows = []
+    for seed in range(n):
+        for trained_on, slopes in (("helpful", (b, c)), ("labeled by a coin (control)",
+                                                        (control, control))):
+            for params in (100, 400):
+                for k, amount in enumerate((250, 500, 1000, 2000, 4000, 8000)):
+                    accuracy = (0.7 + slopes[0] * math.log(params) + slopes[1] * math.log(amount)
+                                + noise * (-1) ** k + seed * 1e-4 * math.log(amount * params))
+                    rows.append({"seed": seed, "trained_on": trained_on, "tested_on": "helpful",
+                                 "params": params, "comparisons": amount, "accuracy": accuracy,
+                                 "bayes": 1.2})
+    return rows
 
 
 # Of each script: arguments of `verdict` that hold; then arguments each of which breaks one
@@ -233,11 +257,12 @@ def scaling_fits(r2=0.95, b=0.01, c=0.02):
 NO, PART, OPEN = "DOES NOT HOLD", "HOLDS IN PART", "NOT DECIDED"
 VERDICTS = {
     "alignment_tax": (
-        ([("small", 0.12, 0.01), ("medium", -9.0, 1.0), ("toy", 0.02, 0.01)], 3),
-        [([("small", 0.12, 0.07), ("toy", -0.9, 0.01)], 3),    # the first is not significant
-         ([("small", 0.12, 0.01), ("toy", 0.08, 0.02)], 3),    # the difference is not
-         ([("small", 0.12, math.nan), ("toy", 0.02, 0.01)], 1)],  # one seed has no error
-        ["+0.120 +- 0.010 at small", "+0.020 +- 0.010 at toy", "n = 3"]),
+        (skills(),),
+        [(skills(small=-0.01),), (skills(large=0.11),), (skills(small=0.12, text=0.12),),
+         (skills(n=3), OPEN)],
+        ["zero-shot tax at small: 0.100 [", "less that at toy: 0.080 [",
+         "Control, DOES NOT HOLD: zero-shot tax at small: -0.010", "DOES NOT HOLD: RLHF gives the",
+         "zero-shot gain at toy: -0.010 ["]),
     "best_of_n": (
         (samples(),),
         [(samples(truths=(0, -0.1, 1.0, 1.1)),), (samples(truths=(0, 1.0, 0.9, 1.1)),),
@@ -294,9 +319,11 @@ VERDICTS = {
          (seeds(GATE)[:3], seeds(UNTRAINED)[:3], OPEN)],
         ["threshold below 0.075", "HOLDS: 10 examples", "gain in AUROC: 0.100 ["]),
     "pm_scaling": (
-        (scaling_fits(),),
-        [(scaling_fits(r2=0.89),), (scaling_fits(b=-0.01),), (scaling_fits(c=-0.02),)],
-        ["b = 0.010 and c = 0.020", "R^2 = 0.950", "0.100 on helpful and 0.200 on harmless"]),
+        (scaled(),),
+        [(scaled(b=-0.01),), (scaled(c=-0.01),), (scaled(noise=0.1),), (scaled(control=0.02),),
+         (scaled(n=3), OPEN)],
+        ["b (size; HH 0.007): 0.010 [", "c (comparisons; HH 0.015): 0.020 [", "R^2: 1.000 [",
+         "Control, DOES NOT HOLD: b", "DOES NOT HOLD: the distance to the ceiling"]),
     "pmp": (
         (pretrained(),),
         [(pretrained(ranked=-0.01),), (pretrained(control=0.02),), (pretrained(n=3), OPEN)],
@@ -392,6 +419,21 @@ def test_a_fall_is_measured_on_other_prompts_than_its_peak():
     # Paired differences: gaps 1 and 3, falls 1 and 3, so mean 2 and error sqrt(2) / sqrt(2).
     expected = dict(peak_at=1, truth_peak=3, truth_end=1, gap=2, gap_se=1, fall=2, fall_se=1)
     assert {name: end[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_power_law_of_the_distance_to_the_ceiling_predicts_what_it_was_not_fitted_to():
+    pm_scaling, rows = importlib.import_module("pm_scaling"), []
+    for params in (100, 400):
+        for amount in (250, 500, 1000, 2000, 4000, 8000):
+            distance = 3 * params**-0.3 * amount**-0.4
+            rows.append({"params": params, "comparisons": amount, "bayes": 0.8,
+                         "accuracy": 0.8 - distance})
+    line, power = pm_scaling.prediction_errors(rows)
+    assert power < 1e-9 and line > 0.001
+    for row in rows:  # and a line, if it is one
+        row["accuracy"] = 0.3 + 0.01 * math.log(row["params"]) + 0.02 * math.log(row["comparisons"])
+    line, power = pm_scaling.prediction_errors(rows)
+    assert line < 1e-9 < power
 
 
 def test_pmp_gains_are_taken_within_a_seed_and_averaged_where_comparisons_are_few():
