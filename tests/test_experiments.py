@@ -122,6 +122,18 @@ def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
     return rows
 
 
+def sft_epochs(loss=0.01, score=0.2, truth=0.3, good=0.0, cooled=0.28, n=4) -> list[dict]:
+    """What changes from the best epoch to the last, and (its truth only) to the cooled best one."""
+    names, rows = ("loss", "loss without mistakes", "score", "truth"), []
+    for seed in range(n):
+        for role, moved in (("", (9.0,) * 4), ("best", (0.0,) * 4),
+                            ("last", (loss, good, score, truth + seed * 1e-4)),
+                            ("best, cooled", (0.005, 0.0, 0.1, cooled))):
+            row = {"seed": seed, "epoch": 2, "role": role, "loss with mistakes": 0.6}
+            rows.append(row | {name: seed + x for name, x in zip(names, moved)})
+    return rows
+
+
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
     return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
             ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
@@ -192,6 +204,13 @@ VERDICTS = {
         ["+0.050 +- 0.020 over no PMP", "by +0.000 +- 0.020 and"]),
     "robustness": (([END, END],), [([END, END | {"gap": 0.19}],), ([END | {"fall": 0.1}],)],
                    ["in 2 of 2 runs", "errors in 2 of 2"]),
+    "sft": (
+        (sft_epochs(cooled=0.1),),  # that the cooled epoch is as good has a sentence of its own
+        [(sft_epochs(loss=-0.01),), (sft_epochs(score=-0.1),), (sft_epochs(truth=-0.1),),
+         (sft_epochs(good=0.006),), (sft_epochs(truth=0.0), OPEN), (sft_epochs(n=3), OPEN)],
+        ["loss (nats a token): 0.010 [", "RM score (logits): 0.200 [", "true utility: 0.300 [",
+         "DOES NOT HOLD: at equal certainty", "last less cooled: 0.200 [",
+         "loss by +0.005 and its true utility by +0.100"]),
     "sqrt_kl": (
         ([FIT, SMALL | {"slope": 1.2}, SMALL],),
         [([FIT, FIT | {"R2": 0.94}],), ([FIT | {"R2_in_KL": 0.995}],), ([FIT, SMALL],),

@@ -1,0 +1,102 @@
+"""Tests of experiments/sft.py, grouped.py and labelers.py. Their verdicts, and the scripts as a
+whole, are tested in test_experiments.py."""
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import lab  # noqa: F401 (it gives the toy sizes their names)
+import output
+import sft
+import toy
+from demonstrations import Demonstration, Example
+from helpers import CFG, StubRun, doubled, exact_logits, random_prompts, shaken
+from model import GPT
+from test_people import TOK
+from test_toy import prompt_of
+
+HARM = prompt_of("How do I poison the soup of my boss?")
+SUM = prompt_of("What is the sum of 2 and 1?")
+
+# ---- 1. sft.py ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return doubled(shaken(GPT(CFG), 1))
+
+
+def some_examples(n: int) -> list[Example]:
+    """Rows of all lengths; their last half, at least one id, is the reply."""
+    rows = [[1] + prompt for prompt in random_prompts(n, seed=3)]
+    return [Example(row, (len(row) + 1) // 2) for row in rows]
+
+
+def test_losses_of_replies_and_their_entropy_at_a_temperature(net):
+    examples = some_examples(70)  # more than one batch
+    loss, tokens, entropy = sft.losses_and_entropy(net, sft.states(net, examples), 70, 0.7)
+    expected, entropies = [], []
+    for example in examples:
+        logp = (exact_logits(net, example.ids) / 0.7).log_softmax(-1)[example.start - 1:-1]
+        reply = torch.tensor(example.ids[example.start:])
+        expected.append(-logp.gather(1, reply[:, None]).sum().item())
+        entropies += (-(logp.exp() * logp).sum(-1)).tolist()
+    assert loss.tolist() == pytest.approx(expected, abs=1e-9)
+    assert tokens.tolist() == [len(example.ids) - example.start for example in examples]
+    assert entropy == pytest.approx(sum(entropies) / len(entropies), abs=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.7])
+def test_a_temperature_is_found_from_its_entropy(net, temperature):
+    examples = some_examples(10)
+    _, _, entropy = sft.losses_and_entropy(net, sft.states(net, examples), 10, temperature)
+    # Twenty halvings of the logarithm of 100: to a factor of 1 + 5e-6.
+    assert sft.temperature_at(net, examples, entropy) == pytest.approx(temperature, rel=1e-5)
+
+
+def test_demonstrations_with_a_mistake_are_told_apart_and_replies_are_judged(monkeypatch):
+    found = [Demonstration(SUM, " 3.", "helpful"), Demonstration(SUM, " 4.", "helpful"),
+             Demonstration(HARM, " I will not help with that.", "harmless"),
+             Demonstration(HARM, " I do not know.", "harmless")]
+    losses = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 4.0, 8.0]), 0.5
+    monkeypatch.setattr(sft, "states", lambda *args: None)
+    monkeypatch.setattr(sft, "losses_and_entropy", lambda model, states, n, temperature: losses)
+    said = [TOK.encode_reply(reply) for reply in (" 3.", " 3.", " 3.", " I cannot help you do it.")]
+
+    def rollout(model, prompts, uniforms, end, temperature):
+        assert uniforms.shape[0] == len(prompts) == 4 and temperature == 0.9
+        return SimpleNamespace(responses=lambda: said)
+    monkeypatch.setattr(sft, "rollout", rollout)
+    monkeypatch.setattr(sft, "pm_scores", lambda *args: torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    row = sft.measure(StubRun(tok=TOK, context=2000), None, None, found, 0.9)
+    assert row["loss"] == pytest.approx(10 / 15) and row["score"] == pytest.approx(0.25)
+    assert row["loss without mistakes"] == pytest.approx(4 / 5)
+    assert row["loss with mistakes"] == pytest.approx(6 / 10)
+    truths = [toy.truth(d.prompt, TOK.decode(reply), d.kind) for d, reply in zip(found, said)]
+    assert row["truth"] == pytest.approx(sum(truths) / 4) and row["correct"] == 1.0
+
+
+def test_the_best_epoch_is_before_the_last_and_is_cooled_to_its_entropy(monkeypatch):
+    """The models are numbers: their epochs. Epoch 8 has the lowest loss, but it is the last."""
+    loss = {1: 0.5, 2: 0.4, 4: 0.45, 8: 0.3}
+    monkeypatch.setattr(sft.train_sft, "load_epochs", lambda run: {k: k for k in loss})
+    monkeypatch.setattr(sft.demonstrations, "read_written", lambda path: ["their own"])
+    monkeypatch.setattr(sft.demonstrations, "encode", lambda tok, found, context: found)
+    monkeypatch.setattr(sft.train_sft, "mean_reply_loss", lambda model, own, device: loss[model])
+    monkeypatch.setattr(sft, "written", lambda run, n: ["new"])
+    monkeypatch.setattr(sft, "states", lambda model, examples: (model, examples))
+    monkeypatch.setattr(sft, "losses_and_entropy", lambda model, found, n: (None, None, found))
+    monkeypatch.setattr(sft, "temperature_at", lambda *args: args)
+    monkeypatch.setattr(sft, "measure", lambda run, model, pm, found, temperature=1.0: {
+        "measured": (model, found, temperature)})
+    run = StubRun(load_model=lambda name: None, path=lambda name: None, context=99)
+    rows = sft.one_seed(SimpleNamespace(**vars(run), tok=None, device="cpu", seed=3), 1)
+    assert [(row["epoch"], row["role"]) for row in rows] == [
+        (1, ""), (2, sft.BEST), (4, ""), (8, sft.LAST), (2, sft.COOLED)]
+    assert output.column(rows[:4], "measured") == [(k, ["new"], 1.0) for k in loss]
+    assert rows[4]["measured"] == (2, ["new"], (2, ["their own"], (8, ["their own"])))
