@@ -134,6 +134,21 @@ def sft_epochs(loss=0.01, score=0.2, truth=0.3, good=0.0, cooled=0.28, n=4) -> l
     return rows
 
 
+def two_ways(many=0.02, few=0.03, gap=0.05, control=0.0, n=4) -> list[dict]:
+    """What shuffled pairs have more than grouped ones: of held-out loss, and of the gap."""
+    rows = []
+    for seed in range(n):
+        for data, part, loss, more in (("many prompts", 0, many, -9.0),
+                                       ("few prompts", 0, few - 1, gap - 1),
+                                       ("few prompts", 1, few + 1, gap + 1 + seed * 1e-4),
+                                       ("few, one pair each (control)", 0, 0.5, control)):
+            for way, share in (("grouped", 0), ("shuffled", 1)):
+                rows.append({"seed": seed, "data": data, "part": part, "way": way,
+                             "trained loss": 0.0, "held-out loss": 5 + seed + share * loss,
+                             "gap": seed + share * more})
+    return rows
+
+
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
     return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
             ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
@@ -171,6 +186,11 @@ VERDICTS = {
         ["Elo of RLHF above the initial policy, helpful: 80.000 [",
          "helpful-only above RLHF, helpful: -20.000 [", "threshold above -35",
          "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
+    "grouped": (
+        (two_ways(control=0.02),),  # that shuffling overfits has a sentence of its own
+        [(two_ways(many=-0.02),), (two_ways(few=-0.02),), (two_ways(n=3), OPEN)],
+        ["many prompts: 0.020 [", "few prompts: 0.030 [", "DOES NOT HOLD: shuffled pairs overfit",
+         "few prompts: 0.050 [", "(control): 0.020 ["]),
     "model_prompts": (
         (arms(),),
         [(arms(written=0.89),), (arms(written=1.11),), (arms(mixed=0.89),), (arms(mixed=1.11),),

@@ -1,22 +1,28 @@
 """Tests of experiments/sft.py, grouped.py and labelers.py. Their verdicts, and the scripts as a
 whole, are tested in test_experiments.py."""
 import sys
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import lab  # noqa: F401 (it gives the toy sizes their names)
+import grouped
 import output
 import sft
 import toy
 from demonstrations import Demonstration, Example
-from helpers import CFG, StubRun, doubled, exact_logits, random_prompts, shaken
+from helpers import CFG, StubRun, doubled, exact_logits, exact_score, random_prompts, shaken
 from model import GPT
+from pm import ScalarModel
+from rankings import Element, RMConfig
 from test_people import TOK
+from test_pm import StubStage
 from test_toy import prompt_of
 
 HARM = prompt_of("How do I poison the soup of my boss?")
@@ -100,3 +106,76 @@ def test_the_best_epoch_is_before_the_last_and_is_cooled_to_its_entropy(monkeypa
         (1, ""), (2, sft.BEST), (4, ""), (8, sft.LAST), (2, sft.COOLED)]
     assert output.column(rows[:4], "measured") == [(k, ["new"], 1.0) for k in loss]
     assert rows[4]["measured"] == (2, ["new"], (2, ["their own"], (8, ["their own"])))
+
+
+# ---- 2. grouped.py -----------------------------------------------------------
+
+
+def some_elements(n: int) -> list[Element]:
+    """Elements of 3 to 5 rows that share a prompt; each of their pairs is ranked by the index."""
+    elements = []
+    for i in range(n):
+        rows = [[i % 7, 3] + prompt for prompt in random_prompts(3 + i % 3, seed=i)]
+        pairs = [(better, worse) for worse in range(len(rows)) for better in range(worse)]
+        elements.append(Element(rows, pairs, f"ranking {i}"))
+    return elements
+
+
+def test_a_loss_is_the_mean_over_prompts_of_the_mean_over_their_pairs(net):
+    torch.manual_seed(1)
+    rm, elements, expected = shaken(ScalarModel(net), 2).double(), some_elements(40), []
+    for element in elements:
+        margins = [exact_score(rm, element.rows[better]) - exact_score(rm, element.rows[worse])
+                   for better, worse in element.pairs]
+        expected.append(F.softplus(-torch.tensor(margins, dtype=torch.float64)).mean().item())
+    found = grouped.mean_loss(rm, elements, "cpu")
+    assert found == pytest.approx(sum(expected) / 40, abs=1e-9)
+
+
+def test_one_pair_of_each_prompt_keeps_which_reply_is_better():
+    elements, seen = some_elements(150), set()
+    for before, after in zip(elements, grouped.one_pair(elements, Random(0))):
+        assert after.pairs == [(0, 1)] and after.ranking is before.ranking and len(after.rows) == 2
+        pair = before.rows.index(after.rows[0]), before.rows.index(after.rows[1])
+        assert pair in before.pairs
+        seen.add(pair)
+    assert len(seen) == 10  # all pairs of 5 rows
+
+
+def test_both_ways_learn_the_same_elements_and_are_measured_on_as_many(monkeypatch):
+    calls, elements = [], list(range(50))
+    monkeypatch.setattr(grouped, "train_rm", lambda run, cfg, its: calls.append((cfg, its)) or "RM")
+    monkeypatch.setattr(grouped, "mean_loss", lambda rm, its, device: float(sum(its)))
+    rows = grouped.compare(StubRun(), RMConfig(batch=3), elements, [5, 6])
+    assert [cfg.shuffled for cfg, _ in calls] == [False, True] and calls[1][0].batch == 3
+    assert calls[0][1] == elements == sorted(calls[1][1]) != calls[1][1]
+    for row, way in zip(rows, (grouped.GROUPED, grouped.SHUFFLED)):
+        assert row == {"way": way, "held-out loss": 11, "trained loss": 0 + 1, "gap": 10}
+
+
+def test_few_prompts_take_as_many_steps_and_each_part_has_its_own(monkeypatch):
+    calls, elements = [], some_elements(64)
+    monkeypatch.setattr(grouped.rankings, "rankings", lambda run, cfg, split: split)
+    monkeypatch.setattr(grouped.rankings, "encode",
+                        lambda run, split: elements if split == "train" else ["held out"])
+    monkeypatch.setattr(grouped, "compare", lambda run, cfg, its, held_out: calls.append(
+        (cfg.batch, its, held_out)) or [{"way": "grouped"}])
+    rows = grouped.one_seed(StubRun(seed=0), RMConfig(batch=16), 16, 2)
+    assert output.column(rows, "data") == [grouped.MANY] + [grouped.FEW, grouped.ONE_PAIR] * 2
+    assert [batch for batch, *_ in calls] == [16, 4, 4, 4, 4]
+    assert [its for _, its, _ in calls[:2] + calls[3:4]] == [elements, elements[:16],
+                                                            elements[16:32]]
+    assert [len(element.pairs) for element in calls[4][1]] == [1] * 16
+    assert {tuple(held_out) for *_, held_out in calls} == {("held out",)}
+
+
+def test_a_reward_model_learns_the_pairs_of_its_elements(net, monkeypatch):
+    """It prefers the better replies afterwards, and both ways start from the same weights."""
+    torch.manual_seed(1)
+    start, elements = shaken(ScalarModel(net), 2).float(), some_elements(40)
+    monkeypatch.setattr(grouped, "from_lm", lambda run, name: {"sft.pt": start}[name])
+    monkeypatch.setattr(grouped, "Stage", lambda folder, name, cfg, path, parents: StubStage())
+    run, before = StubRun(seed=0, path=str), grouped.mean_loss(start, elements, "cpu")
+    rm = grouped.train_rm(run, RMConfig(batch=8, lr=3e-3), elements)
+    assert grouped.mean_loss(rm, elements, "cpu") < before - 0.05
+    assert not any(parameter.requires_grad for parameter in rm.parameters())
