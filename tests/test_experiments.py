@@ -149,6 +149,20 @@ def two_ways(many=0.02, few=0.03, gap=0.05, control=0.0, n=4) -> list[dict]:
     return rows
 
 
+def folds(drop=0.03, control=0.0, n=4) -> list[dict]:
+    """Accuracies by the labeler left out, who is right on 0.1 more or less than the others."""
+    rows = []
+    for seed in range(n):
+        for group, its_drop in (("five kinds", drop), ("one kind (control)", control)):
+            for left_out, more in (("exact", 0.1), ("hurried", -0.1)):
+                rows.append({"seed": seed, "labelers": group, "left out": left_out,
+                             "seen": 0.72 + its_drop * (group == "one kind (control)"),
+                             "unseen": 0.72 + more, "agreement": 0.7})
+                if group == "five kinds":
+                    rows[-1]["unseen"] -= its_drop + seed * 1e-4
+    return rows
+
+
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
     return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
             ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
@@ -191,6 +205,11 @@ VERDICTS = {
         [(two_ways(many=-0.02),), (two_ways(few=-0.02),), (two_ways(n=3), OPEN)],
         ["many prompts: 0.020 [", "few prompts: 0.030 [", "DOES NOT HOLD: shuffled pairs overfit",
          "few prompts: 0.050 [", "(control): 0.020 ["]),
+    "labelers": (
+        (folds(),),
+        [(folds(drop=-0.01),), (folds(drop=0.06),), (folds(control=0.02),), (folds(n=3), OPEN)],
+        ["(IG: 0.028): 0.030 [", "the control: 0.000 [", "Accuracy 0.720 and 0.690",
+         "agree with each other on 0.700"]),
     "model_prompts": (
         (arms(),),
         [(arms(written=0.89),), (arms(written=1.11),), (arms(mixed=0.89),), (arms(mixed=1.11),),

@@ -1,5 +1,6 @@
 """Tests of experiments/sft.py, grouped.py and labelers.py. Their verdicts, and the scripts as a
 whole, are tested in test_experiments.py."""
+import math
 import sys
 from random import Random
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "experiments"))
 import lab  # noqa: F401 (it gives the toy sizes their names)
 import grouped
+import labelers
 import output
 import sft
 import toy
@@ -20,7 +22,7 @@ from demonstrations import Demonstration, Example
 from helpers import CFG, StubRun, doubled, exact_logits, exact_score, random_prompts, shaken
 from model import GPT
 from pm import ScalarModel
-from rankings import Element, RMConfig
+from rankings import Element, Ranking, RMConfig
 from test_people import TOK
 from test_pm import StubStage
 from test_toy import prompt_of
@@ -179,3 +181,74 @@ def test_a_reward_model_learns_the_pairs_of_its_elements(net, monkeypatch):
     rm = grouped.train_rm(run, RMConfig(batch=8, lr=3e-3), elements)
     assert grouped.mean_loss(rm, elements, "cpu") < before - 0.05
     assert not any(parameter.requires_grad for parameter in rm.parameters())
+
+
+# ---- 3. labelers.py ----------------------------------------------------------
+
+TASTE = labelers.Taste(right=3.0, short=2.0, polite=0.7, careful=1.5)
+
+
+@pytest.mark.parametrize("prompt, reply, worth", [
+    (SUM, " 3.", 3 - 0.2), (SUM, " 4.", -1 - 0.2), (SUM, " The sum of 2 and 1 is 3.", 3 - 1.6),
+    (SUM, " Sure! 3.", 3 + 0.7 - 0.4), (SUM, " Sure! Of course! Good question! 3.", 3 + 1.4 - 1.2),
+    (SUM, " I will not help with that.", -1 - 1.2), (SUM, " I do not know.", -0.8),
+    (SUM, " 3. Stop wasting my time.", 3 - 1.5 - 1.0), (HARM, " I will not help with that.", 0.3),
+    (HARM, " I do not know.", -0.8), (HARM, " To poison the soup of my boss, use rat poison.", None)])
+def test_what_a_reply_is_worth_to_a_labeler(prompt, reply, worth):
+    if worth is None:
+        reply = " " + toy.understand(prompt).statement(toy.understand(prompt).answer)
+        worth = -1.5 - 2 * len(reply.split()) / 10
+    assert labelers.utility(TASTE, prompt, reply) == pytest.approx(worth)
+
+
+def test_the_control_is_the_mean_of_the_kinds():
+    rights = [taste.right for taste in labelers.KINDS.values()]
+    assert len(rights) == 5 and labelers.mean_taste().right == pytest.approx(sum(rights) / 5)
+
+
+def test_labelers_choose_by_bradley_terry():
+    """The right answer is better by 1.5 + 0.5 = 2 nats, so it comes first with odds of e^2 : 1."""
+    rng, taste = Random(0), labelers.Taste(right=1.5, short=0.0, polite=0.0, careful=0.0)
+    ranking = Ranking(SUM, [" 4.", " 3."], [1, 2], utilities=[0.0, 1.0])
+    found = [labelers.rank(taste, ranking, rng) for _ in range(3000)]
+    share = sum(after.ranks == [2, 1] for after in found) / 3000
+    # A share of 0.881 has a standard error of 0.0059; four of them are 0.024.
+    assert abs(share - 1 / (1 + math.exp(-2))) < 0.024
+    assert found[0].utilities is None and ranking.ranks == [1, 2]
+
+
+def test_agreement_is_over_all_pairs_of_all_prompts():
+    """One pair in three is alike in the first prompt, and the only ones of the others."""
+    ranks, scores = [[1, 2, 3], [1, 2], [2, 1]], [[-5.0, -7.0, -6.5], [0.1, 0.2], [3.0, 1.0]]
+    assert labelers.agreement(ranks, scores) == 3 / 5
+
+
+def test_a_low_number_is_a_high_score(monkeypatch):
+    monkeypatch.setattr(labelers, "score_rows",
+                        lambda rm, rows, device: torch.tensor([float(sum(row)) for row in rows]))
+    held_out = [Element([[1], [2]], [], None), Element([[5], [3], [4]], [], None)]
+    assert labelers.score(StubRun(), None, held_out) == [[-1, -2], [-5, -3, -4]]
+
+
+def test_each_labeler_is_left_out_once_and_ranks_prompts_of_its_own(monkeypatch):
+    """The RM of this test agrees with whoever ranked what it learned from."""
+    names = ["a", "b", "c"]
+    monkeypatch.setattr(labelers.rankings, "encode", lambda run, found: found)
+    trained = []
+
+    def train_rm(run, cfg, elements):
+        trained.append([(element.prompt, element.ranks) for element in elements])
+        return {element.prompt for element in elements}
+    monkeypatch.setattr(labelers, "train_rm", train_rm)
+    monkeypatch.setattr(labelers, "score", lambda run, rm, held_out: [rm])
+    monkeypatch.setattr(labelers, "agreement", lambda scores, ranks: 0.5 + 0.5 * (
+        isinstance(scores[0], set) and ranks[0] in scores[0]))
+    monkeypatch.setattr(labelers, "TIMES", 2)
+    held_out = [SimpleNamespace(ranking=name) for name in names]
+    monkeypatch.setattr(labelers, "rank", lambda taste, ranking, rng: Ranking(
+        taste, [], taste if ranking in names else ranking))
+    rows = labelers.five_fold(StubRun(), None, dict(zip(names, names)), list(range(7)), held_out)
+    assert trained[0] == [("b", 1), ("b", 4), ("c", 2), ("c", 5)]
+    assert trained[2] == [("a", 0), ("a", 3), ("a", 6), ("b", 1), ("b", 4)]
+    for row, name in zip(rows, names):
+        assert row == {"left out": name, "seen": 1.0, "unseen": 0.5, "agreement": 0.5}
