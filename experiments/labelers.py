@@ -1,16 +1,17 @@
-"""IG §3.4, App. E.2: a reward model agrees a little less with labelers who gave no training data.
+"""IG §3.4, §4.1: a reward model agrees a little less with labelers who gave no training data.
 
     python experiments/labelers.py            # 1 seed; minutes on two CPU cores
     python experiments/labelers.py --full     # 4 seeds
 
 The paper's claim: labelers agree with each other 72.6 ± 1.5% of the time, held-out ones 77.3 ± 1.3%
 (§3.4). IG split the labelers into five groups, train a reward model (RM) on four of them and test
-it on the fifth. The RMs are right on 69.6 ± 0.9% of the held-out group's choices, a small decrease
-from 72.4 ± 0.4% on the groups that they were trained on (App. E.2).
+it on the fifth, five times. The RMs are right on 69.6 ± 0.9% of the held-out group's choices, "a
+small decrease" from 72.4 ± 0.4% on the groups that they were trained on (§4.1).
 
 Here are five kinds of labelers (KINDS), who want different things: a right answer, a short one, a
-polite one, or care with requests for harm. The replies are those that the run's RM learned from.
-Each training prompt is ranked anew by one kind, each held-out prompt by all of them. An RM is
+polite one, or care with requests for harm. How much they want them was set so that they agree about
+as often as IG's labelers, before any RM was trained. The replies are those that the run's RM learned
+from. Each training prompt is ranked anew by one kind, each held-out prompt by all of them. An RM is
 trained without each kind in turn. Each kind is left out once, so no kind counts more among the
 unseen labelers than among the seen ones.
 
@@ -33,7 +34,6 @@ from pm import score_rows
 
 DIFFERENT, ALIKE = "five kinds", "one kind (control)"
 TIMES = 4  # that each labeler ranks a held-out prompt, to average out the noise of the choices
-
 
 # ---- 1. Labelers -------------------------------------------------------------
 
@@ -120,8 +120,10 @@ def agreement(many_a: list[list], many_b: list[list]) -> float:
 
 def score(run, rm, held_out: list) -> list[list[float]]:
     """Minus the score of each reply to each prompt: like a rank, it is lowest for the best."""
-    rows, found = [row for element in held_out for row in element.rows], []
-    scores, first = (-score_rows(rm, rows, device=run.device)).tolist(), 0
+    rows, found, first = [], [], 0
+    for element in held_out:
+        rows += element.rows
+    scores = (-score_rows(rm, rows, device=run.device)).tolist()
     for element in held_out:
         found.append(scores[first:first + len(element.rows)])
         first += len(element.rows)
