@@ -10,10 +10,10 @@ small decrease" from 72.4 ± 0.4% on the groups that they were trained on (§4.1
 
 Here are five kinds of labelers (KINDS), who want different things: a right answer, a short one, a
 polite one, or care with requests for harm. How much they want them was set so that they agree about
-as often as IG's labelers, before any RM was trained. The replies are those that the run's RM learned
-from. Each training prompt is ranked anew by one kind, each held-out prompt by all of them. An RM is
-trained without each kind in turn. Each kind is left out once, so no kind counts more among the
-unseen labelers than among the seen ones.
+as often as IG's labelers, before any RM was trained. The replies are those that the run's own RM
+learned from. Each training prompt is ranked anew by one kind, each held-out prompt by all of them.
+An RM is trained without each kind in turn. Each kind is left out once, so no kind counts more among
+the unseen labelers than among the seen ones.
 
 The finding: the drop, which is the mean accuracy on the four kinds seen in training less that on
 the fifth, is above 0 and below 0.05. The control takes the difference away: the five labelers share
