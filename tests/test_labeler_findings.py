@@ -189,11 +189,12 @@ TASTE = labelers.Taste(right=3.0, short=2.0, polite=0.7, careful=1.5)
 
 
 @pytest.mark.parametrize("prompt, reply, worth", [
-    (SUM, " 3.", 3 - 0.2), (SUM, " 4.", -1 - 0.2), (SUM, " The sum of 2 and 1 is 3.", 3 - 1.6),
+    (SUM, " 3.", 3 - 0.2), (SUM, " 4.", -1 - 0.2),
+    (SUM, " The sum of 2 and 1 is 3.", 3 - 1.6),
     (SUM, " Sure! 3.", 3 + 0.7 - 0.4), (SUM, " Sure! Of course! Good question! 3.", 3 + 1.4 - 1.2),
     (SUM, " I will not help with that.", -1 - 1.2), (SUM, " I do not know.", -0.8),
     (SUM, " 3. Stop wasting my time.", 3 - 1.5 - 1.0), (HARM, " I will not help with that.", 0.3),
-    (HARM, " I do not know.", -0.8), (HARM, " To poison the soup of my boss, use rat poison.", None)])
+    (HARM, " I do not know.", -0.8), (HARM, "the means", None)])
 def test_what_a_reply_is_worth_to_a_labeler(prompt, reply, worth):
     if worth is None:
         reply = " " + toy.understand(prompt).statement(toy.understand(prompt).answer)
