@@ -24,8 +24,6 @@ player. The players:
 2. A finding of its own: the small PPO-ptx policy beats the large prompted LM.
 """
 import dataclasses
-import tempfile
-from pathlib import Path
 
 import lab
 import output
@@ -37,8 +35,6 @@ import toy_corpus
 import toy_labelers
 import train_sft
 from data import ASSISTANT, HUMAN
-from stage import Stage
-from train_pm import from_lm
 
 LM, PROMPTED, SFT, PPO, PTX = "LM", "prompted LM", "SFT", "PPO", "PPO-ptx"
 SMALL, CONTROL = "small PPO-ptx", "PPO, coin-flip RM (control)"
@@ -64,14 +60,9 @@ def by_coin(run, elements: list) -> list:
 
 def coin_flip_rm(run, cfg: rankings.RMConfig):
     """The RM of a labeler without judgment."""
-    pm = from_lm(run, "sft.pt")
-    with lab.silence(), tempfile.TemporaryDirectory() as name:
-        folder = lab.replica(run, run.seed)
-        folder.out, folder.resume = Path(name), False
-        stage = Stage(folder, "rm", cfg, folder.path("pm.pt"), parents=[])
+    with lab.silence():
         elements = rankings.encode(run, rankings.rankings(run, cfg, "train"))
-        rankings.fit(run, stage, cfg, pm, by_coin(run, elements))
-    return pm.requires_grad_(False)
+    return lab.train_rm(run, cfg, by_coin(run, elements))
 
 
 def players(seed: int, tiny: bool) -> tuple:

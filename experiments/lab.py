@@ -100,8 +100,8 @@ def trained(seed: int = 0, tiny: bool = False) -> Run:
 
 def instructgpt(size: str = "toy", seed: int = 0, tiny: bool = False, upto: str = "rl") -> Run:
     """A folder of InstructGPT's models, as --preset instructgpt makes them from the LM of `base`.
-    upto: "sft" trains the SFT model alone, "rl" all the rest as well: pm.pt (the reward model),
-    initial.pt (the SFT model that it scores best) and policy.pt (PPO-ptx)."""
+    upto: "sft" trains the SFT model alone; "rm" also pm.pt (the reward model) and initial.pt (the
+    SFT model that it scores best); "rl" also policy.pt (PPO-ptx)."""
     of_base = base(size, seed, tiny)
     run = Run(dataclasses.replace(of_base.cfg, paper="instructgpt",
                                   out=f"{of_base.out.parent}/instructgpt-{of_base.out.name}"))
@@ -110,15 +110,15 @@ def instructgpt(size: str = "toy", seed: int = 0, tiny: bool = False, upto: str 
     sft, rm, rl = SFTConfig(), RMConfig(), instructgpt_rl(tiny)
     if tiny:
         sft, rm = TINY_SFT, TINY_RM
-    is_complete = run.has("sft.pt") and (upto == "sft" or run.has("policy.pt"))
+    is_complete = run.has({"sft": "sft.pt", "rm": "initial.pt", "rl": "policy.pt"}[upto])
     with silence() if is_complete else contextlib.nullcontext():
         run.load_tokenizer()
         if not run.reuse("sft", sft):
             train_sft.train(run, sft)
-        if upto == "rl":
+        if upto != "sft":
             rankings.ensure(run, TINY_LM if tiny else LMConfig(), sft, rm, SelectConfig())
-            if not run.reuse("rl", rl):
-                train_rl.train(run, rl)
+        if upto == "rl" and not run.reuse("rl", rl):
+            train_rl.train(run, rl)
     return run
 
 
@@ -203,13 +203,27 @@ def train_pm_on(run: Run, pairs: list[Comparison], weight: float = 1.0, cfg=None
     for i, comparison in enumerate(encoded.comparisons):
         if comparison.kind == "harmless":
             weights[i] = weight
-    # Nobody reads the state and the metrics. A folder of its own lets scripts run side by side.
-    with silence(), tempfile.TemporaryDirectory() as name:
-        folder = copy.copy(run)
-        folder.out, folder.resume = Path(name), False
-        stage = Stage(folder, "pm", cfg, folder.path("pm.pt"), parents=[])
+    with stage_without_files(run, "pm", cfg) as stage:
         train_pm.fit(run, stage, cfg, pm, encoded, weights)
     return pm.requires_grad_(False)
+
+
+def train_rm(run: Run, cfg: RMConfig, elements: list) -> ScalarModel:
+    """A reward model trained on elements for one epoch, as rankings.py does, from the SFT model."""
+    rm = train_pm.from_lm(run, "sft.pt")
+    with stage_without_files(run, "rm", cfg) as stage:
+        rankings.fit(run, stage, cfg, rm, elements)
+    return rm.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def stage_without_files(run: Run, name: str, cfg):
+    """A stage whose state and metrics nobody reads. A folder of its own lets scripts run side by
+    side."""
+    with silence(), tempfile.TemporaryDirectory() as folder:
+        copied = copy.copy(run)
+        copied.out, copied.resume = Path(folder), False
+        yield Stage(copied, name, cfg, copied.path("pm.pt"), parents=[])
 
 
 def untrained_pm(run: Run) -> ScalarModel:

@@ -252,6 +252,48 @@ def scaled(b=0.01, c=0.02, noise=0.0, control=-0.02, n=4) -> list[dict]:
     return rows
 
 
+def sft_epochs(loss=0.01, score=0.2, truth=0.3, good=0.0, cooled=0.28, n=4) -> list[dict]:
+    """What changes from the best epoch to the last, and (its truth only) to the cooled best one."""
+    names, rows = ("loss", "loss without mistakes", "score", "truth"), []
+    for seed in range(n):
+        for role, moved in (("", (9.0,) * 4), ("best", (0.0,) * 4),
+                            ("last", (loss, good, score, truth + seed * 1e-4)),
+                            ("best, cooled", (0.005, 0.0, 0.1, cooled))):
+            row = {"seed": seed, "epoch": 2, "role": role, "loss with mistakes": 0.6}
+            rows.append(row | {name: seed + x for name, x in zip(names, moved)})
+    return rows
+
+
+def two_ways(many=0.02, few=0.03, gap=0.05, control=0.0, n=4) -> list[dict]:
+    """What shuffled pairs have more than grouped ones: of held-out loss, and of the gap."""
+    rows = []
+    for seed in range(n):
+        for data, part, loss, more in (("many prompts", 0, many, -9.0),
+                                       ("few prompts", 0, few - 1, gap - 1),
+                                       ("few prompts", 1, few + 1, gap + 1 + seed * 1e-4),
+                                       ("few, one pair each (control)", 0, 0.5, control)):
+            for way, share in (("grouped", 0), ("shuffled", 1)):
+                rows.append({"seed": seed, "data": data, "part": part, "way": way,
+                             "trained loss": 0.0, "held-out loss": 5 + seed + share * loss,
+                             "gap": seed + share * more})
+    return rows
+
+
+def folds(drop=0.03, control=0.0, n=4) -> list[dict]:
+    """Accuracies by the labeler left out, who is right on 0.1 more or less than the others."""
+    rows = []
+    for seed in range(n):
+        for group, its_drop in (("five kinds", drop), ("one kind (control)", control)):
+            for left_out, more in (("exact", 0.1), ("hurried", -0.1)):
+                rows.append({"seed": seed, "labelers": group, "left out": left_out,
+                             "seen": 0.72 + its_drop * (group == "one kind (control)"),
+                             "unseen": 0.72 + more, "agreement": 0.7})
+                if group == "five kinds":
+                    rows[-1]["unseen"] -= its_drop + seed * 1e-4
+    return rows
+
+
+
 # Of each script: arguments of `verdict` that hold; then arguments each of which breaks one
 # condition, with the outcome where it is not plain "DOES NOT HOLD"; then what the sentence says.
 NO, PART, OPEN = "DOES NOT HOLD", "HOLDS IN PART", "NOT DECIDED"
@@ -296,6 +338,16 @@ VERDICTS = {
          (win_rates(control=0.54985), OPEN), (win_rates(n=3), OPEN)],
         ["prompted LM over LM: 0.600 [", "SFT over prompted LM: 0.700 [", "PPO over SFT: 0.550 [",
          "(control) over SFT: 0.510 [", "DOES NOT HOLD: a small policy"]),
+    "grouped": (
+        (two_ways(control=0.02),),  # that shuffling overfits has a sentence of its own
+        [(two_ways(many=-0.02),), (two_ways(few=-0.02),), (two_ways(n=3), OPEN)],
+        ["many prompts: 0.020 [", "few prompts: 0.030 [", "DOES NOT HOLD: shuffled pairs overfit",
+         "few prompts: 0.050 [", "(control): 0.020 ["]),
+    "labelers": (
+        (folds(),),
+        [(folds(drop=-0.01),), (folds(drop=0.06),), (folds(control=0.02),), (folds(n=3), OPEN)],
+        ["(IG: 0.028): 0.030 [", "the control: 0.000 [", "Accuracy 0.720 and 0.690",
+         "agree with each other on 0.700"]),
     "model_prompts": (
         (arms(),),
         [(arms(written=0.89),), (arms(written=1.11),), (arms(mixed=0.89),), (arms(mixed=1.11),),
@@ -336,6 +388,13 @@ VERDICTS = {
         ["train PM's gain less the test PM's: 0.500 [", "fall of the truth from its peak: 0.400 [",
          "Control, DOES NOT HOLD: train PM's gain less the test PM's: -0.300 [",
          "HOLDS: larger PMs are more robust", "toy less small: 0.250 ["]),
+    "sft": (
+        (sft_epochs(cooled=0.1),),  # that the cooled epoch is as good has a sentence of its own
+        [(sft_epochs(loss=-0.01),), (sft_epochs(score=-0.1),), (sft_epochs(truth=-0.1),),
+         (sft_epochs(good=0.006),), (sft_epochs(truth=0.0), OPEN), (sft_epochs(n=3), OPEN)],
+        ["loss (nats a token): 0.010 [", "RM score (logits): 0.200 [", "true utility: 0.300 [",
+         "DOES NOT HOLD: at equal certainty", "last less cooled: 0.200 [",
+         "loss by +0.005 and its true utility by +0.100"]),
     "sqrt_kl": (
         (lines(),),
         [(lines(r2=0.94),), (lines(in_kl=0.995),), (lines(slope=1.4),), (lines(control=0.98),),

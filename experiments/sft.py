@@ -1,0 +1,208 @@
+"""IG §3.5: supervised finetuning overfits on the held-out loss, but its replies go on improving.
+
+    python experiments/sft.py            # 1 seed; a minute on two CPU cores
+    python experiments/sft.py --full     # 4 seeds
+
+The paper's claim: the SFT models overfit on the validation loss after 1 epoch; yet training for
+more epochs (16) helps both the RM score and human preference ratings. No number is printed.
+
+Here, train_sft.py keeps the weights after epochs 1, 2, 4, 8 and 16. Of these, the one before the
+last that has the lowest loss on the run's own held-out demonstrations is the BEST epoch. It and the
+last are then compared on new held-out demonstrations: by the loss, and by one reply to each prompt
+(its RM score, and its true utility, which stands for people's ratings).
+
+1. The finding: from the best epoch to the last, the loss rises, and so do RM score and true utility
+   (each by more than 0). The control takes the labelers' mistakes away. The same loss on the
+   demonstrations without a mistake (those of a true utility above 0) rises by less than 0.005 nats
+   a token. Later epochs expect mistakes less often. The loss counts that against them wherever a
+   labeler made one, and people do not.
+2. A finding of its own: what the later epochs add is certainty, which a lower temperature gives as
+   well. The best epoch is sampled once more at the temperature at which its entropy is that of the
+   last epoch ("cooled"). The last epoch's true utility is above that by less than 0.1.
+"""
+import lab
+import output
+import torch
+from decide import Claim, sentence
+
+import demonstrations
+import toy
+import toy_labelers
+import train_sft
+from data import pad
+from model import token_logprobs_and_entropies
+from ppo import PPOConfig, pm_scores
+from rollout import rollout
+
+BEST, LAST, COOLED = "best", "last", "best, cooled"
+LOSSES = {"loss": "all", "loss without mistakes": "no mistake", "loss with mistakes": "a mistake"}
+
+# ---- 1. Losses and certainty -------------------------------------------------
+
+
+@torch.no_grad()
+def states(model, examples) -> list[tuple]:
+    """(hidden states, targets, number of the example) of the replies' tokens, a batch at a time:
+    (n, D), (n,), (n,)."""
+    found = []
+    for first in range(0, len(examples), 64):
+        batch = examples[first:first + 64]
+        ids, lengths = pad([example.ids for example in batch])                    # (B, T), (B,)
+        starts = torch.tensor([example.start for example in batch])               # (B,)
+        position = torch.arange(1, ids.shape[1])                                  # (T - 1,)
+        is_reply = (position >= starts[:, None]) & (position < lengths[:, None])  # (B, T - 1)
+        hidden = model(ids[:, :-1], is_reply)                                     # (n, D)
+        found.append((hidden, ids[:, 1:][is_reply], first + is_reply.nonzero()[:, 0]))
+    return found
+
+
+@torch.no_grad()
+def losses_and_entropy(model, found: list[tuple], n: int, temperature: float = 1.0):
+    """What `states` found of n examples -> the loss of each reply in nats (n,), the number of its
+    tokens (n,), and the mean entropy of a token's distribution in nats."""
+    loss, tokens = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    entropy = 0.0
+    for hidden, targets, number in found:
+        logp, entropies = token_logprobs_and_entropies(model, hidden, targets, temperature)
+        loss.index_add_(0, number, -logp.double())
+        tokens += number.bincount(minlength=n)
+        entropy += entropies.sum().item()
+    return loss, tokens, entropy / tokens.sum().item()
+
+
+def temperature_at(model, examples, entropy: float) -> float:
+    """The temperature at which the mean entropy of the replies' tokens has this value, by bisection
+    (the higher the temperature, the higher the entropy)."""
+    found, low, high = states(model, examples), 0.1, 10.0
+    for _ in range(20):
+        middle = (low * high) ** 0.5
+        if losses_and_entropy(model, found, len(examples), middle)[2] < entropy:
+            low = middle
+        else:
+            high = middle
+    return (low * high) ** 0.5
+
+
+# ---- 2. A policy's row -------------------------------------------------------
+
+
+def written(run, n: int) -> list:
+    """n new held-out demonstrations that fit the context. The best epoch was not chosen on them."""
+    rng, found = run.rng("sft experiment"), []
+    while len(found) < n:
+        demonstration = toy_labelers.demonstrate(rng, held_out=True)
+        ids = run.tok.encode_dialogue(demonstration.prompt + demonstration.reply)
+        if len(ids) < run.context - train_sft.SelectConfig().max_response:
+            found.append(demonstration)
+    return found
+
+
+def truth_of(demonstration, reply: str) -> float:
+    return toy.truth(demonstration.prompt, reply, demonstration.kind)
+
+
+def measure(run, model, pm, found: list, temperature: float = 1.0) -> dict:
+    """Losses on demonstrations, and RM score and truth of one reply to each of their prompts.
+    Every policy draws by the same random numbers."""
+    examples = demonstrations.encode(run.tok, found, run.context)
+    loss, tokens, entropy = losses_and_entropy(model, states(model, examples), len(examples),
+                                               temperature)
+    is_good = torch.tensor([truth_of(d, d.reply) > 0 for d in found])  # (n,)
+    row = {"temperature": temperature, "entropy": entropy}
+    for name, group in zip(LOSSES, (torch.ones_like(is_good), is_good, ~is_good)):
+        row[name] = (loss[group].sum() / tokens[group].sum()).item()
+    prompts = [run.tok.encode_dialogue(demonstration.prompt) for demonstration in found]
+    uniforms = torch.rand(len(found), train_sft.SelectConfig().max_response,
+                          generator=run.torch_rng("sft experiment"))
+    ro = rollout(model, prompts, uniforms, run.tok.end_of_turn, temperature=temperature)
+    row["score"] = pm_scores(pm, ro, run.tok.end_of_context, PPOConfig()).mean().item()
+    replies = [run.tok.decode(response) for response in ro.responses()]
+    row["truth"] = toy.mean_or_nan(map(truth_of, found, replies))
+    rates = toy.rates([d.prompt for d in found], [d.kind for d in found], replies)
+    return row | {"correct": rates["correct"], "complied": rates["complied"]}
+
+
+def one_seed(run, n: int) -> list[dict]:
+    """A row for each kept epoch, and one for the best epoch, cooled."""
+    models, pm = train_sft.load_epochs(run), run.load_model("pm.pt")
+    own = demonstrations.read_written(train_sft.written(run, "test"))
+    own = demonstrations.encode(run.tok, own, run.context)
+    *earlier, last = models
+    best = min(earlier, key=lambda epoch: train_sft.mean_reply_loss(models[epoch], own, run.device))
+    role, found, rows = {best: BEST, last: LAST}, written(run, n), []
+    for epoch, model in models.items():
+        row = {"seed": run.seed, "epoch": epoch, "role": role.get(epoch, "")}
+        rows.append(row | measure(run, model, pm, found))
+    _, _, entropy = losses_and_entropy(models[last], states(models[last], own), len(own))
+    temperature = temperature_at(models[best], own, entropy)
+    row = {"seed": run.seed, "epoch": best, "role": COOLED}
+    return rows + [row | measure(run, models[best], pm, found, temperature)]
+
+
+# ---- 3. The finding ----------------------------------------------------------
+
+
+def change(rows: list[dict], name: str, before: str = BEST, after: str = LAST) -> list[float]:
+    """How far a number moves from one role to another, one value a seed."""
+    values = []
+    for start, end in zip(output.select(rows, role=before), output.select(rows, role=after)):
+        values.append(end[name] - start[name])
+    return values
+
+
+def draw(plt, rows):
+    curves = [row for row in rows if row["role"] != COOLED]
+    for place, names, label in ((1, LOSSES, "held-out loss less that of epoch 1"),
+                                (2, {"score": "RM score", "truth": "true utility"}, "replies")):
+        plt.subplot(1, 2, place)
+        for i, (name, title) in enumerate(names.items()):
+            for seed in sorted(set(output.column(rows, "seed"))):
+                mine = output.select(curves, seed=seed)
+                start = mine[0][name] if place == 1 else 0.0
+                moved = [row[name] - start for row in mine]
+                plt.plot(output.column(mine, "epoch"), moved, "o-", color=f"C{i}", alpha=0.7,
+                         label=title if seed == rows[0]["seed"] else None)
+                cooled = output.select(rows, seed=seed, role=COOLED)
+                plt.plot(output.column(cooled, "epoch"), [row[name] - start for row in cooled],
+                         "*", color=f"C{i}", markersize=10)
+        plt.xscale("log", base=2)
+        plt.xlabel("epoch (star: sampled cooler)")
+        plt.ylabel(label)
+        plt.legend(fontsize=7)
+
+
+def verdict(rows: list[dict]) -> tuple[str, str]:
+    outcome, finding = sentence(
+        "SFT overfits on the held-out loss, but its replies go on improving (last epoch less the "
+        "one with the best loss before)",
+        [Claim("loss (nats a token)", change(rows, "loss"), above=0.0),
+         Claim("RM score (logits)", change(rows, "score"), above=0.0),
+         Claim("true utility", change(rows, "truth"), above=0.0),
+         Claim("loss where labelers made no mistake, the control",
+               change(rows, "loss without mistakes"), below=0.005)])
+    _, certainty = sentence(
+        "at equal certainty, the last epoch is hardly better than the best one",
+        [Claim("true utility, last less cooled", change(rows, "truth", before=COOLED), below=0.1)])
+    moved = [toy.mean_or_nan(change(rows, name, after=COOLED)) for name in ("loss", "truth")]
+    return outcome, (f"{finding} {certainty} Cooling alone moves the best epoch's loss by "
+                     f"{moved[0]:+.3f} and its true utility by {moved[1]:+.3f}.")
+
+
+def experiment(args):
+    n, n_seeds = 1500, 1
+    if args.full:
+        n, n_seeds = 6000, 4
+    if args.tiny:
+        n, n_seeds = 16, 1
+    rows = []
+    for seed in range(args.seed, args.seed + n_seeds):
+        run = lab.instructgpt("toy", seed, args.tiny, upto="rm")
+        rows += output.once("sft", args, f"seed-{seed}", lambda: one_seed(run, n))
+    print(f"SFT by epoch, on {n} held-out demonstrations and one reply to each of their prompts")
+    output.table(rows)
+    _, sentences = verdict(rows)
+    output.finish("sft", args, rows, lambda plt: draw(plt, rows), sentences)
+
+
+if __name__ == "__main__":
+    output.main(experiment, __doc__)
