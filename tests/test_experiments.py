@@ -167,6 +167,17 @@ def skills(small=0.1, large=0.02, text=-0.01, n=4) -> list[dict]:
     return rows
 
 
+def snapshots(online=50.0, second=-20.0, n=4) -> list[dict]:
+    """Rows of online.py: before the end, the online run was far below the static one."""
+    rows = []
+    for seed in range(n):
+        for policy, gain in (("static", 0.0), ("second static", second), ("online", online)):
+            for responses, elo in ((1280, -999.0 * gain), (5120, 100 + gain + seed * 1e-4 * (gain != 0))):
+                rows.append({"seed": seed, "part": "snapshot", "policy": policy,
+                             "responses": responses, "elo": elo})
+    return rows
+
+
 def tensions(harmless=0.33, helpful=0.38, control=0.51, n=4) -> list[dict]:
     """Rows of tension.py: lambda = 10 costs 0.1 (small) and 0.05 (toy) of helpful accuracy."""
     rows = []
@@ -358,8 +369,10 @@ VERDICTS = {
         [(policies(best=0.05),), (policies(n=3), OPEN)],
         ["best less worst: 0.200 [", "worst again less worst +0.010",
          "turns, best less worst +0.050"]),
-    "online": (([(110.0, 16.0), (35.0, 17.0)],), [([(110.0, 16.0), (33.0, 17.0)],)],
-               ["110 +- 16, 35 +- 17", "n = 2"]),
+    "online": (
+        (snapshots(),),
+        [(snapshots(online=-10.0),), (snapshots(second=30.0),), (snapshots(n=3), OPEN)],
+        ["less the static one's: 50.000 [", "Control, DOES NOT HOLD: Elo", "-20.000 ["]),
     "outliers": (
         (seeds(GATE), seeds(UNTRAINED)),
         [(seeds(GATE, **{"rejected 0": 0.4}), seeds(UNTRAINED)),
