@@ -177,7 +177,7 @@ def by_coin(rng, pairs: list[Comparison]) -> list[Comparison]:
     for pair in pairs:
         if rng.random() < 0.5:
             pair = dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
-        found.append(pair)
+        found.append(dataclasses.replace(pair, p_chosen=0.5))
     return found
 
 

@@ -26,6 +26,7 @@ import toy
 import toy_corpus
 import toy_people
 import train_rl
+from data import Comparison
 from exercises import exercises
 from helpers import flat
 from pm import score_rows
@@ -119,10 +120,10 @@ def optimized(gap=0.5, fall=0.4, control=-0.3, n=4) -> list[dict]:
                                    "fall": fall + end - 2 + wobble})
             rows.append(setting | {"part": "end", "control": True, "gap": control + wobble,
                                    "fall": 9.0, "last_sqrt_kl": 0.1})
-            for distance in (0.0, 1.0, end):
+            for distance in (0.0, 1.0, 2.0, end):
+                confirmed = min(distance, 2.0) * (test + wobble * (size == "toy"))
                 rows.append(setting | {"part": "path", "sqrt_kl": distance, "truth": 1.0,
-                                       "train_pm": distance, "test_pm": distance * test
-                                       + wobble * distance * (size == "toy")})
+                                       "train_pm": distance, "test_pm": confirmed})
     return rows
 
 
@@ -644,6 +645,15 @@ def test_the_other_two_findings_about_calibration_can_fail():
                          (calibrations(bias=0.01), "a PM of both kinds")):
         outcome, sentences = verdict(rows)
         assert outcome == "HOLDS" and f"DOES NOT HOLD: {failed}" in sentences
+
+
+def test_labels_by_coin_keep_the_pairs():
+    pairs = [Comparison("p", f" {i}", " b", "helpful", 0.9) for i in range(400)]
+    tossed = lab.by_coin(Random(0), pairs)
+    assert [{pair.chosen, pair.rejected} for pair in tossed] == [{f" {i}", " b"}
+                                                                 for i in range(400)]
+    assert abs(sum(pair.chosen == " b" for pair in tossed) - 200) < 4 * math.sqrt(400 / 4)
+    assert {pair.p_chosen for pair in tossed} == {0.5}
 
 
 def test_a_coin_decides_which_reply_is_better():
