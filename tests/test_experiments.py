@@ -31,7 +31,7 @@ from pm import score_rows
 from ratings import ELO, elo_error, fit_elo
 from train_rl import RLConfig
 
-HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide")
+HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide", "skills")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in test_rollout.py
 
@@ -122,6 +122,19 @@ def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
     return rows
 
 
+def taxed(ppo=0.5, ptx=0.95, high_kl=0.6, control=0.6, gain=0.95, n=4) -> list[dict]:
+    """Policies of ptx.py. The SFT model's skill is 1, and PPO gains 1."""
+    rows = []
+    for seed in range(n):
+        for policy, skill, gained in (("SFT", 1.0, 0.0), ("PPO", ppo, 1.0), ("LM", 9.0, 0.0),
+                                      ("PPO-ptx, gamma 0.3", ptx, gain),
+                                      ("PPO, beta x 100", high_kl, -9.0),
+                                      ("PPO-ptx, gamma 0.3, no skills (control)", control, -9.0)):
+            rows.append({"seed": seed, "policy": policy, "skill": skill * (1 + 1e-4 * seed),
+                         "gain": gained})
+    return rows
+
+
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
     return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
             ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
@@ -190,6 +203,12 @@ VERDICTS = {
         [(PMP | {"gain": 0.039}, PMP, 3, PART), (PMP | {"gain_binarized": -1.0}, PMP, 3, PART),
          (PMP | {"gain": 0.039, "gain_binarized": 0.039}, PMP, 3)],
         ["+0.050 +- 0.020 over no PMP", "by +0.000 +- 0.020 and"]),
+    "ptx": (
+        (taxed(),),
+        [(taxed(ppo=1.1),), (taxed(ptx=0.7),), (taxed(high_kl=0.96),), (taxed(gain=0.89),),
+         (taxed(control=0.8),), (taxed(n=3), OPEN)],
+        ["tax, SFT less PPO: 0.500 [", "half of the tax: 0.200 [", "beta x 100: 0.350 [",
+         "90% of PPO's: 0.050", "half of the tax: -0.150 ["]),
     "robustness": (([END, END],), [([END, END | {"gap": 0.19}],), ([END | {"fall": 0.1}],)],
                    ["in 2 of 2 runs", "errors in 2 of 2"]),
     "sqrt_kl": (
