@@ -128,7 +128,7 @@ def taxed(ppo=0.5, ptx=0.95, high_kl=0.6, control=0.6, gain=0.95, n=4) -> list[d
     for seed in range(n):
         for policy, skill, gained in (("SFT", 1.0, 0.0), ("PPO", ppo, 1.0), ("LM", 9.0, 0.0),
                                       ("PPO-ptx, gamma 0.3", ptx, gain),
-                                      ("PPO, beta x 100", high_kl, -9.0),
+                                      ("PPO, beta x 100", high_kl, 0.2),
                                       ("PPO-ptx, gamma 0.3, no skills (control)", control, -9.0)):
             rows.append({"seed": seed, "policy": policy, "skill": skill * (1 + 1e-4 * seed),
                          "gain": gained})
@@ -205,10 +205,11 @@ VERDICTS = {
         ["+0.050 +- 0.020 over no PMP", "by +0.000 +- 0.020 and"]),
     "ptx": (
         (taxed(),),
-        [(taxed(ppo=1.1),), (taxed(ptx=0.7),), (taxed(high_kl=0.96),), (taxed(gain=0.89),),
-         (taxed(control=0.8),), (taxed(n=3), OPEN)],
+        [(taxed(ppo=1.1),), (taxed(ptx=0.7),), (taxed(high_kl=0.96),), (taxed(control=0.8),),
+         (taxed(n=3), OPEN)],
         ["tax, SFT less PPO: 0.500 [", "half of the tax: 0.200 [", "beta x 100: 0.350 [",
-         "90% of PPO's: 0.050", "half of the tax: -0.150 ["]),
+         "half of the tax: -0.150 [", "HOLDS: it costs", "90% of PPO's: 0.050 [",
+         "less PPO: +0.100; the RM score that they gain: 0.200 and 1.000"]),
     "robustness": (([END, END],), [([END, END | {"gap": 0.19}],), ([END | {"fall": 0.1}],)],
                    ["in 2 of 2 runs", "errors in 2 of 2"]),
     "sqrt_kl": (

@@ -16,6 +16,7 @@ import ptx
 import skills
 import toy_corpus
 from skills import Exercise
+from test_experiments import taxed
 from train_sft import PretrainingText
 
 
@@ -120,13 +121,14 @@ def test_the_arms_differ_in_what_they_are_named_for(monkeypatch):
         seen.append((cfg.ptx_coef, cfg.kl_coef, toy_corpus.document, reference))
         path = [{"score": 1.0}, {"score": 1.5 + len(seen), "kl": 0.25}]
         return SimpleNamespace(policy=f"policy {len(seen)}"), path
-    run = SimpleNamespace(rng=lambda name: Random(0), load_model=str, tok=None, context=9, device="")
+    run = SimpleNamespace(rng=lambda name: Random(0), load_model=str, tok=None, context=9,
+                          device="")
     monkeypatch.setattr(ptx, "initial", lambda seed, tiny: run)
     monkeypatch.setattr(ptx, "encode", lambda tok, texts, context: (texts, 0))
     monkeypatch.setattr(ptx, "measure", lambda run, model, asked: {"skill": model})
     monkeypatch.setattr(ptx, "mean_loss", lambda model, rows, device: len(rows))
     monkeypatch.setattr(lab, "ppo", stub)
-    rows = ptx.one_seed(3, 5, 2, tiny=True)
+    rows = ptx.one_seed(3, ptx.ARMS, 5, 2, tiny=True)
     with_skills, without, sft = skills.document, skills.without_skills, "initial.pt"
     assert seen == [(0.0, 0.02, with_skills, sft), (0.1, 0.02, with_skills, sft),
                     (0.3, 0.02, with_skills, sft), (1.0, 0.02, with_skills, sft),
@@ -144,3 +146,10 @@ def test_a_contrast_is_taken_within_a_seed():
         rows += [{"policy": ptx.SFT, "skill": sft, "seed": seed},
                  {"policy": ptx.PPO, "skill": ppo, "seed": seed}]
     assert ptx.contrast(rows, {ptx.SFT: 1, ptx.PPO: -0.5}) == [4.5, 6.0]
+
+
+def test_the_reward_has_a_verdict_of_its_own_and_without_a_tax_there_is_none():
+    assert "DOES NOT HOLD: it costs at most a tenth" in ptx.verdict(taxed(gain=0.89))[1]
+    assert " HOLDS: it costs at most a tenth" in ptx.verdict(taxed(gain=0.91))[1]
+    _, words = ptx.verdict(taxed(ppo=1.1))
+    assert words.startswith("DOES NOT HOLD: PPO costs the skills nothing") and "ptx" not in words
