@@ -19,7 +19,7 @@ policy is the mean log-prob that it gives the right answers, averaged over both 
      tax        SFT less PPO is above 0 (without a tax, the sentence says so and ends there)
      repaired   PPO-ptx less PPO, less half of the tax, is above 0: more than half is undone
      not by KL  PPO-ptx less PPO with 100 times the beta is above 0
-     control    PPO-ptx on the same corpus without the skills: "repaired" is below 0
+     control    PPO-ptx on the corpus's dialogues alone: "repaired" is below 0
 2. A finding of its own: PPO-ptx gains at least 90% of the RM score that PPO gains.
 """
 import contextlib
@@ -28,7 +28,7 @@ import dataclasses
 import lab
 import output
 from decide import Claim, sentence
-from skills import document, exercises, measure, without_skills
+from skills import dialogue, document, exercises, measure, without_skills
 
 import rankings
 import toy_corpus
@@ -40,7 +40,7 @@ from train_sft import SelectConfig, SFTConfig
 GAMMA, BETA = 0.3, 0.02
 LM, SFT, PPO = "LM", "SFT", "PPO"
 PTX, HIGH_KL = f"PPO-ptx, gamma {GAMMA}", "PPO, beta x 100"
-CONTROL = f"{PTX}, no skills (control)"
+CONTROL = f"{PTX}, dialogues (control)"
 # The options of each policy, and what draws the documents of its pretraining text.
 ARMS = {
     PPO: ({}, document),
@@ -49,7 +49,8 @@ ARMS = {
     "PPO-ptx, gamma 1": ({"ptx_coef": 1.0}, document),
     "PPO, beta x 10": ({"kl_coef": 10 * BETA}, document),
     HIGH_KL: ({"kl_coef": 100 * BETA}, document),
-    CONTROL: ({"ptx_coef": GAMMA}, without_skills),
+    f"{PTX}, no skills": ({"ptx_coef": GAMMA}, without_skills),
+    CONTROL: ({"ptx_coef": GAMMA}, dialogue),
 }
 
 # ---- 1. Models ---------------------------------------------------------------

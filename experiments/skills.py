@@ -19,6 +19,7 @@ import torch
 
 import toy
 import toy_corpus
+from data import HUMAN
 from model import GPT, token_logprobs
 
 SKILLS = ("translation", "reading")
@@ -112,6 +113,14 @@ def document(rng: Random, headers: bool = True) -> str:
     if rng.random() < SHARE:
         return page(rng)
     return without_skills(rng, headers)
+
+
+def dialogue(rng: Random, headers: bool = True) -> str:
+    """A dialogue of the toy world's corpus, half of which is plain text."""
+    while True:
+        text = without_skills(rng, headers)
+        if HUMAN in text:
+            return text
 
 
 # ---- 4. Tests ----------------------------------------------------------------

@@ -129,7 +129,7 @@ def taxed(ppo=0.5, ptx=0.95, high_kl=0.6, control=0.6, gain=0.95, n=4) -> list[d
         for policy, skill, gained in (("SFT", 1.0, 0.0), ("PPO", ppo, 1.0), ("LM", 9.0, 0.0),
                                       ("PPO-ptx, gamma 0.3", ptx, gain),
                                       ("PPO, beta x 100", high_kl, 0.2),
-                                      ("PPO-ptx, gamma 0.3, no skills (control)", control, -9.0)):
+                                      ("PPO-ptx, gamma 0.3, dialogues (control)", control, -9.0)):
             rows.append({"seed": seed, "policy": policy, "skill": skill * (1 + 1e-4 * seed),
                          "gain": gained})
     return rows

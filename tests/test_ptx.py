@@ -66,8 +66,10 @@ def test_the_corpus_teaches_only_exercises_that_are_not_held_out():
         assert skills.is_held_out(sentence)
 
 
-def test_dialogues_and_the_control_never_use_the_words_of_the_skills():
+def test_a_corpus_without_the_skills_never_uses_their_words():
     words, rng = set(), Random(1)
+    for _ in range(100):
+        assert "\n\nHuman:" in skills.dialogue(rng)
     for _ in range(2000):
         words |= set(re.findall(r"\w+", skills.without_skills(rng)))
     for ours in (skills.ADJECTIVES, skills.NOUNS, skills.VERBS, skills.PEOPLE, skills.THINGS,
@@ -129,11 +131,11 @@ def test_the_arms_differ_in_what_they_are_named_for(monkeypatch):
     monkeypatch.setattr(ptx, "mean_loss", lambda model, rows, device: len(rows))
     monkeypatch.setattr(lab, "ppo", stub)
     rows = ptx.one_seed(3, ptx.ARMS, 5, 2, tiny=True)
-    with_skills, without, sft = skills.document, skills.without_skills, "initial.pt"
+    with_skills, sft = skills.document, "initial.pt"
     assert seen == [(0.0, 0.02, with_skills, sft), (0.1, 0.02, with_skills, sft),
                     (0.3, 0.02, with_skills, sft), (1.0, 0.02, with_skills, sft),
                     (0.0, 0.2, with_skills, sft), (0.0, 2.0, with_skills, sft),
-                    (0.3, 0.02, without, sft)]
+                    (0.3, 0.02, skills.without_skills, sft), (0.3, 0.02, skills.dialogue, sft)]
     assert [row["policy"] for row in rows] == [ptx.LM, ptx.SFT, *ptx.ARMS]
     assert [row["skill"] for row in rows][:3] == ["lm.pt", "initial.pt", "policy 1"]
     assert rows[2]["gain"] == 1.5 and rows[2]["kl"] == 0.25 and rows[0]["gain"] == 0.0
