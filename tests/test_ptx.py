@@ -120,6 +120,7 @@ def test_the_arms_differ_in_what_they_are_named_for(monkeypatch):
     seen = []
 
     def stub(run, rm, cfg, reference):
+        assert (cfg.ema, cfg.lr) == (0.0, 1e-3)
         seen.append((cfg.ptx_coef, cfg.kl_coef, toy_corpus.document, reference))
         path = [{"score": 1.0}, {"score": 1.5 + len(seen), "kl": 0.25}]
         return SimpleNamespace(policy=f"policy {len(seen)}"), path
