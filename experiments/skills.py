@@ -38,8 +38,6 @@ PEOPLE = ("Mara", "Toby", "Lena", "Igor", "Nell", "Omar", "Vera", "Hugo", "Dora"
           "Yuri", "Zoe", "Carl", "Gwen", "Paul")
 THINGS = ("kite", "flute", "wagon", "basket", "violin", "puzzle", "ladle", "sled", "globe", "tent",
           "rope", "vase", "scarf", "barrel", "whistle", "quilt")
-
-
 PLACES = ("harbor", "market", "forest", "castle", "chapel", "cellar", "meadow", "tower")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -116,7 +114,7 @@ def document(rng: Random, headers: bool = True) -> str:
 
 
 def dialogue(rng: Random, headers: bool = True) -> str:
-    """A dialogue of the toy world's corpus, half of which is plain text."""
+    """A dialogue of the toy world's corpus. (Half of that corpus is plain text.)"""
     while True:
         text = without_skills(rng, headers)
         if HUMAN in text:

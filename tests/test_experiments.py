@@ -122,7 +122,7 @@ def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
     return rows
 
 
-def taxed(ppo=0.5, ptx=0.95, high_kl=0.6, control=0.6, gain=0.95, n=4) -> list[dict]:
+def taxed(ppo=0.5, ptx=1.2, high_kl=0.9, control=0.7, gain=0.95, n=4) -> list[dict]:
     """Policies of ptx.py. The SFT model's skill is 1, and PPO gains 1."""
     rows = []
     for seed in range(n):
@@ -205,11 +205,11 @@ VERDICTS = {
         ["+0.050 +- 0.020 over no PMP", "by +0.000 +- 0.020 and"]),
     "ptx": (
         (taxed(),),
-        [(taxed(ppo=1.1),), (taxed(ptx=0.7),), (taxed(high_kl=0.96),), (taxed(control=0.8),),
+        [(taxed(ppo=1.1),), (taxed(ptx=0.95),), (taxed(high_kl=1.3),), (taxed(control=1.1),),
          (taxed(n=3), OPEN)],
-        ["tax, SFT less PPO: 0.500 [", "half of the tax: 0.200 [", "beta x 100: 0.350 [",
-         "half of the tax: -0.150 [", "HOLDS: it costs", "90% of PPO's: 0.050 [",
-         "less PPO: +0.100; the RM score that they gain: 0.200 and 1.000"]),
+        ["tax, SFT less PPO: 0.500 [", "gamma 0.3, less SFT: 0.200 [", "beta x 100: 0.300 [",
+         "(control), less SFT: -0.300 [", "HOLDS: it costs", "90% of PPO's: 0.050 [",
+         "(PPO 1.000): PPO-ptx, gamma 0.3 +0.700 and 0.950; PPO, beta x 100 +0.400 and 0.200"]),
     "robustness": (([END, END],), [([END, END | {"gap": 0.19}],), ([END | {"fall": 0.1}],)],
                    ["in 2 of 2 runs", "errors in 2 of 2"]),
     "sqrt_kl": (
