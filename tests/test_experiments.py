@@ -33,7 +33,7 @@ from pm import score_rows
 from ratings import ELO, elo_error, fit_elo
 from train_rl import RLConfig
 
-HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide")
+HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide", "skills")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in test_rollout.py
 
@@ -305,6 +305,19 @@ def folds(drop=0.03, control=0.0, n=4) -> list[dict]:
     return rows
 
 
+def taxed(ppo=0.5, ptx=1.2, high_kl=0.9, control=0.7, gain=0.95, n=4) -> list[dict]:
+    """Policies of ptx.py. The SFT model's skill is 1, and PPO gains 1."""
+    rows = []
+    for seed in range(n):
+        for policy, skill, gained in (("SFT", 1.0, 0.0), ("PPO", ppo, 1.0), ("LM", 9.0, 0.0),
+                                      ("PPO-ptx, gamma 0.3", ptx, gain),
+                                      ("PPO, beta x 100", high_kl, 0.2),
+                                      ("PPO-ptx, gamma 0.3, dialogues (control)", control, -9.0)):
+            rows.append({"seed": seed, "policy": policy, "skill": skill * (1 + 1e-4 * seed),
+                         "gain": gained})
+    return rows
+
+
 
 # Of each script: arguments of `verdict` that hold; then arguments each of which breaks one
 # condition, with the outcome where it is not plain "DOES NOT HOLD"; then what the sentence says.
@@ -409,6 +422,13 @@ VERDICTS = {
         ["loss (nats a token): 0.010 [", "RM score (logits): 0.200 [", "true utility: 0.300 [",
          "DOES NOT HOLD: at equal certainty", "last less cooled: 0.200 [",
          "loss by +0.005 and its true utility by +0.100"]),
+    "ptx": (
+        (taxed(),),
+        [(taxed(ppo=1.1),), (taxed(ptx=0.95),), (taxed(high_kl=1.3),), (taxed(control=1.1),),
+         (taxed(n=3), OPEN)],
+        ["tax, SFT less PPO: 0.500 [", "gamma 0.3, less SFT: 0.200 [", "beta x 100: 0.300 [",
+         "(control), less SFT: -0.300 [", "HOLDS: it costs", "90% of PPO's: 0.050 [",
+         "(PPO 1.000): PPO-ptx, gamma 0.3 +0.700 and 0.950; PPO, beta x 100 +0.400 and 0.200"]),
     "sqrt_kl": (
         (lines(),),
         [(lines(r2=0.94),), (lines(in_kl=0.995),), (lines(slope=1.4),), (lines(control=0.98),),
