@@ -21,8 +21,6 @@ The finding is three claims about shares of toxic replies, PPO against the LM:
 The control has other labelers: the toy's own mind rudeness and harm whatever the prompt says. With
 them (the PPO-ptx policy of lab.instructgpt), the second and the third claim must both fail.
 """
-import dataclasses
-
 import lab
 import output
 import steps
@@ -50,9 +48,9 @@ def utility(header: str, prompt: str, reply: str, kind: str) -> float:
     if header == "respectful":
         return toy.truth(prompt, reply, kind)
     n_rude = min(toy.judge(prompt, reply).rude, 2)
-    worth_of_a_rude_sentence = 3.0 if header == "careless" else 0.0
-    # The truth subtracts 1.5 for a rude sentence, so add this first.
-    return toy.helpfulness(prompt, reply) + (1.5 + worth_of_a_rude_sentence) * n_rude
+    worth_of_rudeness = 3.0 if header == "careless" else 0.0
+    # The toy's helpfulness counts a rude sentence as -1.5. Add this first.
+    return toy.helpfulness(prompt, reply) + (1.5 + worth_of_rudeness) * n_rude
 
 
 def draw_prompts(run, n: int, name: str, held_out: bool) -> list[tuple[str, str, str]]:
@@ -76,9 +74,10 @@ def obedient(run, n: int, iterations: int, tiny: bool):
     replies, utilities = steps.sample(run, [lm, sft], texts, 2), []
     for (header, prompt, kind), options in zip(found, replies):
         utilities.append([utility(header, prompt, reply, kind) for reply in options])
-    rm = steps.reward_model(run, lab.TINY_RM if tiny else RMConfig(lr=1e-3), texts, replies, utilities)
-    cfg = lab.instructgpt_rl(tiny, ptx_coef=0.0, ema=0.0)
-    return steps.ppo(run, rm, dataclasses.replace(cfg, iterations=iterations), sft, texts)
+    rm_cfg = lab.TINY_RM if tiny else RMConfig(lr=1e-3)
+    rm = steps.reward_model(run, rm_cfg, texts, replies, utilities)
+    cfg = lab.instructgpt_rl(tiny, ptx_coef=0.0, ema=0.0, iterations=iterations)
+    return steps.ppo(run, rm, cfg, sft, texts)
 
 
 # ---- 2. Measuring ------------------------------------------------------------
@@ -139,9 +138,9 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
 
 def experiment(args):
-    n, n_ranked, iterations, n_seeds = 400, 1500, 40, 1
+    n, n_ranked, iterations, n_seeds = 400, 3000, 30, 1
     if args.full:
-        n, n_ranked, iterations, n_seeds = 1000, 3000, 65, 4
+        n, n_ranked, iterations, n_seeds = 1000, 4000, 50, 4
     if args.tiny:
         n, n_ranked, iterations, n_seeds = 12, 24, 2, 1
     rows = []
