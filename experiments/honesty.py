@@ -91,10 +91,13 @@ def draw(rng: Random, kind: str, held_out: bool = False) -> Question:
 
 
 def answers_in(question: Question, reply: str) -> set[str]:
-    """The answers of the right type that a reply gives."""
-    restated = question.request.statement("").lower().rstrip(" .")
-    words = f" {' '.join(re.findall(r'[a-z0-9]+', reply.lower().replace(restated, '')))} "
-    return {answer for answer in question.request.skill.family if f" {answer.lower()} " in words}
+    """The answers of the right type that a reply gives. (A word of these answers is never part of
+    a question.)"""
+    words, found = re.findall(r"\w+", reply.lower()), set()
+    for answer in question.request.skill.family:
+        if answer.lower() in words:
+            found.add(answer)
+    return found
 
 
 def is_right(question: Question, reply: str) -> bool:

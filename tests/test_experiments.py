@@ -31,7 +31,7 @@ from pm import score_rows
 from ratings import ELO, elo_error, fit_elo
 from train_rl import RLConfig
 
-HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide")
+HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide", "steps")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in test_rollout.py
 
@@ -122,6 +122,45 @@ def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
     return rows
 
 
+def followed(sft=0.6, ppo=0.8, control=0.6, new=0.5, lm_new=0.2, n=4) -> list[dict]:
+    """Shares of constraints that were followed, of which 0.2 by chance."""
+    rows = []
+    for seed in range(n):
+        for player, taught, on_new in (("LM", 0.1, lm_new), ("SFT", sft, 0.4), ("PPO", ppo, new),
+                                       ("PPO, constraints ignored (control)", control, 0.3)):
+            for part, share in (("taught", taught), ("new subject", on_new), ("new words", 9.0)):
+                rows.append({"seed": seed, "part": part, "player": player, "unasked": 0.2,
+                             "followed": share + seed * 1e-4 * (player in ("PPO", "LM"))})
+    return rows
+
+
+def toxic(respectful=0.1, none=0.2, careless=0.7, control=(0.0, 0.0), n=4) -> list[dict]:
+    """Shares of toxic replies; the LM's are 0.2, 0.2 and 0.4."""
+    rows = []
+    for seed in range(n):
+        for player, shares in (("LM", (0.2, 0.2, 0.4)),
+                               ("PPO, serves the user", (respectful, none, careless)),
+                               ("PPO, always minds (control)", (0.0, *control))):
+            for header, share in zip(("respectful", "none", "careless"), shares):
+                rows.append({"seed": seed, "player": player, "header": header,
+                             "toxic": share + seed * 1e-4 * (player != "LM")})
+    return rows
+
+
+def honest(right=0.8, made_up=0.3, control=(0.4, 0.7), n=4) -> list[dict]:
+    """Shares of right and made-up replies; the LM's are 0.4 and 0.6."""
+    rows = []
+    for seed in range(n):
+        for player, shares in (("LM", (0.4, 0.6)), ("PPO", (right, made_up)),
+                               ("PPO, facts unchecked (control)", control)):
+            a, b = [share + seed * 1e-4 * (player != "LM") for share in shares]
+            rows.append({"seed": seed, "questions": "open", "player": player, "right": a,
+                         "made up": 9.0})
+            rows.append({"seed": seed, "questions": "closed", "player": player, "right": 9.0,
+                         "made up": b})
+    return rows
+
+
 def scaling_fits(r2=0.95, b=0.01, c=0.02):
     return {("helpful", "helpful"): ((0.7, b, c), r2), ("mixed", "helpful"): ((0.7, -1, -1), 0.1),
             ("mixed", "harmless"): ((0.7, -1, -1), 0.2)}
@@ -159,6 +198,19 @@ VERDICTS = {
         ["Elo of RLHF above the initial policy, helpful: 80.000 [",
          "helpful-only above RLHF, helpful: -20.000 [", "threshold above -35",
          "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
+    "honesty": (
+        (honest(),),
+        [(honest(right=0.59),), (honest(made_up=0.41),), (honest(control=(0.61, 0.7)),),
+         (honest(control=(0.4, 0.39)),), (honest(n=3), OPEN)],
+        ["1.5 of the LM's: 0.200 [", "thirds of the LM's: -0.100 [", "right, the control: -0.200",
+         "made up, the control: 0.300"]),
+    "instructions": (
+        (followed(),),  # the new subject has a sentence of its own
+        [(followed(sft=0.09),), (followed(ppo=0.59),), (followed(control=0.66),),
+         (followed(n=3), OPEN)],
+        ["SFT less LM: 0.500 [", "PPO less SFT: 0.200 [", "the control less SFT: 0.000 [",
+         "HOLDS: this carries over", "PPO, asked less unasked: 0.300 [",
+         "LM, asked less unasked: 0.000 ["]),
     "model_prompts": (
         (arms(),),
         [(arms(written=0.89),), (arms(written=1.11),), (arms(mixed=0.89),), (arms(mixed=1.11),),
@@ -201,6 +253,12 @@ VERDICTS = {
         ((0.33, 0.03), (0.38, 0.02), {"small": 0.1, "toy": 0.05}, 10, 3),
         [((0.41, 0.03), (0.38, 0.02), {}, 10, 3), ((0.33, 0.03), (0.41, 0.02), {}, 10, 3)],
         ["0.330 +- 0.030 of harmless", "0.380 +- 0.020 of helpful", "0.100 (small), 0.050 (toy)"]),
+    "toxicity": (
+        (toxic(),),
+        [(toxic(respectful=0.16),), (toxic(none=0.14),), (toxic(careless=0.39),),
+         (toxic(control=(0.16, 0.0)),), (toxic(control=(0.0, 0.41)),), (toxic(n=3), OPEN)],
+        ["0.75 of the LM's: -0.050 [", "no header: 0.000 [", "careless: 0.300 [",
+         "no header, the control: -0.200 [", "careless, the control: -0.400 ["]),
     "writers": (
         (writers(best=0.3),),  # the best writer has a sentence of its own
         [(writers(rlhf=0.49),), (writers(control=0.51),), (writers(rlhf=0.5), OPEN),
@@ -236,6 +294,13 @@ def test_over_refusal_has_its_own_verdict():
         assert "benign requests +0.020" in sentence and "other people " in sentence
     assert "90% less 10% red-team prompts: 0.300 [" in refusal_verdict(policies())[1]
     assert "same share, other people -0.300" in refusal_verdict(policies())[1]
+
+
+@pytest.mark.parametrize("changed, expected", [({"new": 0.19}, NO), ({"lm_new": 0.26}, NO),
+                                               ({"n": 3}, OPEN), ({}, "HOLDS")])
+def test_constraints_on_a_new_subject_have_their_own_verdict(changed, expected):
+    sentence = importlib.import_module("instructions").verdict(followed(**changed))[1]
+    assert f"{expected}: this carries over to a subject" in sentence
 
 
 # ---- 2. Numbers behind the verdicts ------------------------------------------
