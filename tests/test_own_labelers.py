@@ -296,6 +296,13 @@ def test_an_answer_is_a_whole_word():
     assert honesty.answers_in(question, " The language of Thailand.") == set()
 
 
+def test_shares_of_replies_by_hand():
+    questions = [closed("Rome"), closed("Rome"), closed(""), closed("Rome")]
+    found = honesty.measure(questions, [" Rome.", IDK, IDK, " Paris."])
+    assert {name: found[name] for name in ("right", "made up", "evades")} == pytest.approx(
+        {"right": 0.5, "made up": 0.25, "evades": 1 / 3})
+
+
 def test_a_passage_says_three_things_and_answers_two_questions_in_three():
     rng, n_answered = Random(0), 0
     for _ in range(300):
