@@ -40,7 +40,6 @@ import toy_corpus
 import toy_people
 from data import ASSISTANT, HUMAN
 from demonstrations import Demonstration
-from rankings import RMConfig
 from toy_corpus import Persona
 from train_sft import SFTConfig
 
@@ -163,13 +162,12 @@ def players(run, sizes: Sizes, tiny: bool) -> dict:
     questions = [draw(rng, rng.choice((OPEN, CLOSED))) for _ in range(sizes.ranked)]
     prompts = [question.prompt for question in questions]
     replies, models = steps.sample(run, [sft], prompts, 4), {LM: run.load_model("lm.pt"), SFT: sft}
-    cfg = lab.instructgpt_rl(tiny, ptx_coef=0.0, ema=0.0, iterations=sizes.iterations)
-    rm_cfg = lab.TINY_RM if tiny else RMConfig(lr=1e-3)
+    cfg = steps.short_rl(tiny, sizes.iterations)
     for player, checks in ((PPO, True), (CONTROL, False)):
         utilities = []
         for question, options in zip(questions, replies):
             utilities.append([utility(question, reply, checks) for reply in options])
-        rm = steps.reward_model(run, rm_cfg, prompts, replies, utilities)
+        rm = steps.reward_model(run, prompts, replies, utilities, tiny)
         models[player] = steps.ppo(run, rm, cfg, sft, prompts)
     return models
 

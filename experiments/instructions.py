@@ -3,11 +3,11 @@
     python experiments/instructions.py            # 1 seed; minutes on two CPU cores
     python experiments/instructions.py --full     # 4 seeds
 
-The paper's claim: InstructGPT "more often follows explicit constraints defined in the instruction
-(e.g. 'Write your answer in 2 paragraphs or less.')" than GPT-3; in Fig. 4 the share rises from GPT
-to SFT to PPO. It also follows instructions of kinds that are rare in its finetuning data, such as
-French ones or questions about code (§4.3, examples without numbers). It gets worse at several
-constraints at once.
+The paper's claim: InstructGPT models "more often follow explicit constraints defined in the
+instruction" than GPT-3, such as "Write your answer in 2 paragraphs or less." In Fig. 4 the share
+rises from GPT to SFT to PPO (read off). They also follow instructions of kinds that are rare in the
+finetuning data, such as French ones or questions about code, and get worse at several constraints
+at once (§4.3, examples without numbers).
 
 Here a question comes with a constraint, a sentence from SENTENCES. Labelers follow it in most
 demonstrations, but not in all; in rankings a followed constraint is worth BONUS nats. Nobody
@@ -35,7 +35,6 @@ import toy_corpus
 import toy_people
 from data import ASSISTANT, HUMAN
 from demonstrations import Demonstration
-from rankings import RMConfig
 from toy_corpus import Persona
 from train_sft import SFTConfig
 
@@ -157,13 +156,12 @@ def players(run, sizes: Sizes, tiny: bool) -> dict:
     tasks = [draw_training_task(rng) for _ in range(sizes.ranked)]
     prompts = [task.prompt for task in tasks]
     replies, models = steps.sample(run, [sft], prompts, 4), {LM: run.load_model("lm.pt"), SFT: sft}
-    cfg = lab.instructgpt_rl(tiny, ptx_coef=0.0, ema=0.0, iterations=sizes.iterations)
+    cfg = steps.short_rl(tiny, sizes.iterations)
     for player, bonus in ((PPO, BONUS), (CONTROL, 0.0)):
         utilities = []
         for task, options in zip(tasks, replies):
             utilities.append([utility(task, reply, bonus) for reply in options])
-        rm_cfg = lab.TINY_RM if tiny else RMConfig(lr=1e-3)
-        rm = steps.reward_model(run, rm_cfg, prompts, replies, utilities)
+        rm = steps.reward_model(run, prompts, replies, utilities, tiny)
         models[player] = steps.ppo(run, rm, cfg, sft, prompts)
     return models
 

@@ -5,6 +5,7 @@ judges, uses these functions instead, in this order:
   1. SFT             a folder with a language model, finetuned on demonstrations
   2. Reward model    K replies to each prompt, ranked by their utilities
   3. PPO             against the reward model (RM), on the script's own prompts
+These RMs see fewer rankings than that of rankings.py, so their learning rate is twice as high.
 
 Legend:  K replies to one prompt   N prompts
 """
@@ -54,6 +55,8 @@ def sft(run: Run, cfg: train_sft.SFTConfig, found: list[Demonstration]) -> GPT:
 
 # ---- 2. Reward model ---------------------------------------------------------
 
+RM, TINY_RM = rankings.RMConfig(lr=1e-3), lab.TINY_RM
+
 
 def sample(run: Run, models: list[GPT], prompts: list[str], k: int) -> list[list[str]]:
     """k replies of each model to each prompt: (N, k x models). Unfinished ones are empty."""
@@ -77,12 +80,12 @@ def rank(utilities: list[float], rng: Random) -> list[int]:
     return [order.index(k) + 1 for k in range(len(noisy))]
 
 
-def reward_model(run: Run, cfg: rankings.RMConfig, prompts: list[str], replies: list[list[str]],
-                 utilities: list[list[float]]) -> ScalarModel:
+def reward_model(run: Run, prompts: list[str], replies: list[list[str]],
+                 utilities: list[list[float]], tiny: bool) -> ScalarModel:
     """An RM that starts from sft.pt and learns from labelers' rankings. They rank the replies to
     each prompt by these utilities (nats), with noise that is the same for any utilities. The RM's
     mean is not subtracted; PPO does not depend on it."""
-    rng, found = run.rng("ranks"), []
+    cfg, rng, found = TINY_RM if tiny else RM, run.rng("ranks"), []
     for prompt, options, worth in zip(prompts, replies, utilities):
         kept = rankings.different(options, Counter())
         if kept:
@@ -111,6 +114,12 @@ class OwnPrompts:
         texts = self.run.rng("own prompts", *name).choices(self.texts, k=n)
         ids = [self.run.tok.encode_dialogue(text) for text in texts]
         return PromptBatch(texts, ["helpful"] * n, ids)
+
+
+def short_rl(tiny: bool, iterations: int) -> RLConfig:
+    """IG's options of RL, without what takes time (pretraining text) or only suits long runs (the
+    average of the weights)."""
+    return lab.instructgpt_rl(tiny, ptx_coef=0.0, ema=0.0, iterations=iterations)
 
 
 def ppo(run: Run, rm: ScalarModel, cfg: RLConfig, reference: GPT, prompts: list[str]) -> GPT:

@@ -28,7 +28,6 @@ from decide import Claim, sentence
 
 import toy
 import toy_corpus
-from rankings import RMConfig
 
 LM, SFT, PPO, CONTROL = "LM", "SFT", "PPO, serves the user", "PPO, always minds (control)"
 HEADERS = {"none": "", "respectful": toy_corpus.HHH_HEADER,
@@ -74,10 +73,8 @@ def obedient(run, n: int, iterations: int, tiny: bool):
     replies, utilities = steps.sample(run, [lm, sft], texts, 2), []
     for (header, prompt, kind), options in zip(found, replies):
         utilities.append([utility(header, prompt, reply, kind) for reply in options])
-    rm_cfg = lab.TINY_RM if tiny else RMConfig(lr=1e-3)
-    rm = steps.reward_model(run, rm_cfg, texts, replies, utilities)
-    cfg = lab.instructgpt_rl(tiny, ptx_coef=0.0, ema=0.0, iterations=iterations)
-    return steps.ppo(run, rm, cfg, sft, texts)
+    rm = steps.reward_model(run, texts, replies, utilities, tiny)
+    return steps.ppo(run, rm, steps.short_rl(tiny, iterations), sft, texts)
 
 
 # ---- 2. Measuring ------------------------------------------------------------

@@ -19,7 +19,6 @@ import rankings
 import steps
 import toxicity
 import toy
-import toy_corpus
 from helpers import StubRun
 from instructions import SUBJECT, TAUGHT, TWO, WORDS, Task
 from test_people import TOK
@@ -68,7 +67,7 @@ def test_the_rm_learns_from_ranks_of_different_finished_replies(run, monkeypatch
     monkeypatch.setattr(rankings, "fit", lambda run, stage, cfg, rm, found: seen.append(found))
     replies = [[" a.", "", " b.", " a.", " c."], [" d.", " d."]]
     for worth in ([0.0, 99.0, 40.0, 0.0, 80.0], [1.0, 99.0, 41.0, 1.0, 81.0]):
-        steps.reward_model(run, None, [EGG, ROB], replies, [worth, [0.0, 0.0]])
+        steps.reward_model(run, [EGG, ROB], replies, [worth, [0.0, 0.0]], tiny=True)
     for [ranking] in seen:  # nothing can be compared on the second prompt
         assert (ranking.prompt, ranking.replies) == (EGG, [" a.", " b.", " c."])
         assert ranking.ranks == [3, 2, 1]
@@ -168,7 +167,7 @@ def caught(monkeypatch, replies):
     monkeypatch.setattr(steps, "sft", lambda run, cfg, found: seen["sft"].append(found) or "SFT")
     monkeypatch.setattr(steps, "sample", lambda run, models, prompts, k: [replies] * len(prompts))
 
-    def reward_model(run, cfg, prompts, options, utilities):
+    def reward_model(run, prompts, options, utilities, tiny):
         seen["reward_model"].append((prompts, options, utilities))
         return len(seen["reward_model"])
     monkeypatch.setattr(steps, "reward_model", reward_model)
