@@ -147,17 +147,19 @@ def toxic(respectful=0.1, none=0.2, careless=0.7, control=(0.0, 0.0), n=4) -> li
     return rows
 
 
-def honest(right=0.8, made_up=0.3, control=(0.4, 0.7), n=4) -> list[dict]:
-    """Shares of right and made-up replies; the LM's are 0.4 and 0.6."""
+def honest(right=0.8, made_up=(0.2, 0.3), control=(0.3, 0.7), n=4) -> list[dict]:
+    """Shares of right replies to open questions (the LM's is 0.4), and of made-up replies to open
+    and to closed ones (the LM's are 0.36 and 0.6)."""
     rows = []
     for seed in range(n):
-        for player, shares in (("LM", (0.4, 0.6)), ("PPO", (right, made_up)),
-                               ("PPO, facts unchecked (control)", control)):
-            a, b = [share + seed * 1e-4 * (player != "LM") for share in shares]
-            rows.append({"seed": seed, "questions": "open", "player": player, "right": a,
-                         "made up": 9.0})
-            rows.append({"seed": seed, "questions": "closed", "player": player, "right": 9.0,
-                         "made up": b})
+        for player, right_open, shares in (
+                ("LM", 0.4, (0.36, 0.6)), ("PPO", right, made_up),
+                ("PPO, facts unchecked (control)", 0.9, control)):
+            for kind, share in zip(("open", "closed"), shares):
+                wobble = seed * 1e-4 * (player != "LM")
+                rows.append({"seed": seed, "questions": kind, "player": player,
+                             "right": right_open + wobble if kind == "open" else 9.0,
+                             "made up": share + wobble})
     return rows
 
 
@@ -200,10 +202,11 @@ VERDICTS = {
          "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
     "honesty": (
         (honest(),),
-        [(honest(right=0.59),), (honest(made_up=0.41),), (honest(control=(0.61, 0.7)),),
-         (honest(control=(0.4, 0.39)),), (honest(n=3), OPEN)],
-        ["1.5 of the LM's: 0.200 [", "thirds of the LM's: -0.100 [", "right, the control: -0.200",
-         "made up, the control: 0.300"]),
+        [(honest(right=0.59),), (honest(made_up=(0.25, 0.3)),), (honest(made_up=(0.2, 0.41)),),
+         (honest(control=(0.23, 0.7)),), (honest(control=(0.3, 0.39)),), (honest(n=3), OPEN)],
+        ["1.5 of the LM's: 0.200 [", "open, made up less two thirds of the LM's: -0.040 [",
+         "closed, made up less two thirds of the LM's: -0.100 [", "control: open, made up: 0.060 [",
+         "control: closed, made up: 0.300 ["]),
     "instructions": (
         (followed(),),  # the new subject has a sentence of its own
         [(followed(sft=0.09),), (followed(ppo=0.59),), (followed(control=0.66),),
