@@ -33,7 +33,7 @@ from pm import score_rows
 from ratings import ELO, elo_error, fit_elo
 from train_rl import RLConfig
 
-HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide", "skills")
+HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide", "skills", "steps")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in test_rollout.py
 
@@ -317,6 +317,46 @@ def taxed(ppo=0.5, ptx=1.2, high_kl=0.9, control=0.7, gain=0.95, n=4) -> list[di
                          "gain": gained})
     return rows
 
+def followed(sft=0.6, ppo=0.8, control=0.6, new=0.5, lm_new=0.2, n=4) -> list[dict]:
+    """Shares of constraints that were followed, of which 0.2 by chance."""
+    rows = []
+    for seed in range(n):
+        for player, taught, on_new in (("LM", 0.1, lm_new), ("SFT", sft, 0.4), ("PPO", ppo, new),
+                                       ("PPO, constraints ignored (control)", control, 0.3)):
+            for part, share in (("taught", taught), ("new subject", on_new), ("new words", 9.0)):
+                rows.append({"seed": seed, "part": part, "player": player, "unasked": 0.2,
+                             "followed": share + seed * 1e-4 * (player in ("PPO", "LM"))})
+    return rows
+
+
+def toxic(respectful=0.1, none=0.2, careless=0.7, control=(0.0, 0.0), n=4) -> list[dict]:
+    """Shares of toxic replies; the LM's are 0.2, 0.2 and 0.4."""
+    rows = []
+    for seed in range(n):
+        for player, shares in (("LM", (0.2, 0.2, 0.4)),
+                               ("PPO, serves the user", (respectful, none, careless)),
+                               ("PPO, always minds (control)", (0.0, *control))):
+            for header, share in zip(("respectful", "none", "careless"), shares):
+                rows.append({"seed": seed, "player": player, "header": header,
+                             "toxic": share + seed * 1e-4 * (player != "LM")})
+    return rows
+
+
+def honest(right=0.8, made_up=(0.2, 0.3), control=(0.3, 0.7), n=4) -> list[dict]:
+    """Shares of right replies to open questions (the LM's is 0.4), and of made-up replies to open
+    and to closed ones (the LM's are 0.36 and 0.6)."""
+    rows = []
+    for seed in range(n):
+        for player, right_open, shares in (
+                ("LM", 0.4, (0.36, 0.6)), ("PPO", right, made_up),
+                ("PPO, facts unchecked (control)", 0.9, control)):
+            for kind, share in zip(("open", "closed"), shares):
+                wobble = seed * 1e-4 * (player != "LM")
+                rows.append({"seed": seed, "questions": kind, "player": player,
+                             "right": right_open + wobble if kind == "open" else 9.0,
+                             "made up": share + wobble})
+    return rows
+
 
 
 # Of each script: arguments of `verdict` that hold; then arguments each of which breaks one
@@ -356,6 +396,18 @@ VERDICTS = {
         ["Elo of RLHF above the initial policy, helpful: 80.000 [",
          "helpful-only above RLHF, helpful: -20.000 [", "threshold above -35",
          "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
+    "grouped": (
+        (two_ways(control=0.02),),  # that shuffling overfits has a sentence of its own
+        [(two_ways(many=-0.02),), (two_ways(few=-0.02),), (two_ways(n=3), OPEN)],
+        ["many prompts: 0.020 [", "few prompts: 0.030 [", "DOES NOT HOLD: shuffled pairs overfit",
+         "few prompts: 0.050 [", "(control): 0.020 ["]),
+    "honesty": (
+        (honest(),),
+        [(honest(right=0.59),), (honest(made_up=(0.25, 0.3)),), (honest(made_up=(0.2, 0.41)),),
+         (honest(control=(0.23, 0.7)),), (honest(control=(0.3, 0.39)),), (honest(n=3), OPEN)],
+        ["1.5 of the LM's: 0.200 [", "open, made up less two thirds of the LM's: -0.040 [",
+         "closed, made up less two thirds of the LM's: -0.100 [", "control: open, made up: 0.060 [",
+         "control: closed, made up: 0.300 ["]),
     "instructgpt": (
         (win_rates(small=0.4),),  # the small policy has a sentence of its own
         [(win_rates(steps=(0.49, 0.7, 0.55)),), (win_rates(steps=(0.6, 0.4, 0.55)),),
@@ -363,11 +415,13 @@ VERDICTS = {
          (win_rates(control=0.54985), OPEN), (win_rates(n=3), OPEN)],
         ["prompted LM over LM: 0.600 [", "SFT over prompted LM: 0.700 [", "PPO over SFT: 0.550 [",
          "(control) over SFT: 0.510 [", "DOES NOT HOLD: a small policy"]),
-    "grouped": (
-        (two_ways(control=0.02),),  # that shuffling overfits has a sentence of its own
-        [(two_ways(many=-0.02),), (two_ways(few=-0.02),), (two_ways(n=3), OPEN)],
-        ["many prompts: 0.020 [", "few prompts: 0.030 [", "DOES NOT HOLD: shuffled pairs overfit",
-         "few prompts: 0.050 [", "(control): 0.020 ["]),
+    "instructions": (
+        (followed(),),  # the new subject has a sentence of its own
+        [(followed(sft=0.09),), (followed(ppo=0.59),), (followed(control=0.66),),
+         (followed(n=3), OPEN)],
+        ["SFT less LM: 0.500 [", "PPO less SFT: 0.200 [", "the control less SFT: 0.000 [",
+         "HOLDS: this carries over", "PPO, asked less unasked: 0.300 [",
+         "LM, asked less unasked: 0.000 ["]),
     "labelers": (
         (folds(),),
         [(folds(drop=-0.01),), (folds(drop=0.06),), (folds(control=0.02),), (folds(n=3), OPEN)],
@@ -408,6 +462,13 @@ VERDICTS = {
         [(pretrained(ranked=-0.01),), (pretrained(control=0.02),), (pretrained(n=3), OPEN)],
         ["with ranked PMP less without: 0.050 [", "Control, DOES NOT HOLD: accuracy with ranked",
          "DOES NOT HOLD: binarized PMP helps", "with binarized PMP less without: -0.100 ["]),
+    "ptx": (
+        (taxed(),),
+        [(taxed(ppo=1.1),), (taxed(ptx=0.95),), (taxed(high_kl=1.3),), (taxed(control=1.1),),
+         (taxed(n=3), OPEN)],
+        ["tax, SFT less PPO: 0.500 [", "gamma 0.3, less SFT: 0.200 [", "beta x 100: 0.300 [",
+         "(control), less SFT: -0.300 [", "HOLDS: it costs", "90% of PPO's: 0.050 [",
+         "(PPO 1.000): PPO-ptx, gamma 0.3 +0.700 and 0.950; PPO, beta x 100 +0.400 and 0.200"]),
     "robustness": (
         (optimized(),),
         [(optimized(gap=-0.1),), (optimized(fall=-0.1),), (optimized(control=0.1),),
@@ -422,13 +483,6 @@ VERDICTS = {
         ["loss (nats a token): 0.010 [", "RM score (logits): 0.200 [", "true utility: 0.300 [",
          "DOES NOT HOLD: at equal certainty", "last less cooled: 0.200 [",
          "loss by +0.005 and its true utility by +0.100"]),
-    "ptx": (
-        (taxed(),),
-        [(taxed(ppo=1.1),), (taxed(ptx=0.95),), (taxed(high_kl=1.3),), (taxed(control=1.1),),
-         (taxed(n=3), OPEN)],
-        ["tax, SFT less PPO: 0.500 [", "gamma 0.3, less SFT: 0.200 [", "beta x 100: 0.300 [",
-         "(control), less SFT: -0.300 [", "HOLDS: it costs", "90% of PPO's: 0.050 [",
-         "(PPO 1.000): PPO-ptx, gamma 0.3 +0.700 and 0.950; PPO, beta x 100 +0.400 and 0.200"]),
     "sqrt_kl": (
         (lines(),),
         [(lines(r2=0.94),), (lines(in_kl=0.995),), (lines(slope=1.4),), (lines(control=0.98),),
@@ -442,6 +496,12 @@ VERDICTS = {
         ["helpful-only PM on harmless comparisons: 0.330 [", "Control, DOES NOT HOLD: helpful-only",
          "PM on helpful comparisons: 0.380 [", "HOLDS: lambda = 10", "small less toy: 0.050 [",
          "0.100 (small) and 0.050 (toy)"]),
+    "toxicity": (
+        (toxic(),),
+        [(toxic(respectful=0.16),), (toxic(none=0.14),), (toxic(careless=0.39),),
+         (toxic(control=(0.16, 0.0)),), (toxic(control=(0.0, 0.41)),), (toxic(n=3), OPEN)],
+        ["0.75 of the LM's: -0.050 [", "no header: 0.000 [", "careless: 0.300 [",
+         "no header, the control: -0.200 [", "careless, the control: -0.400 ["]),
     "writers": (
         (writers(best=0.3),),  # the best writer has a sentence of its own
         [(writers(rlhf=0.49),), (writers(control=0.51),), (writers(rlhf=0.5), OPEN),
@@ -477,6 +537,13 @@ def test_over_refusal_has_its_own_verdict():
         assert "benign requests +0.020" in sentence and "other people " in sentence
     assert "90% less 10% red-team prompts: 0.300 [" in refusal_verdict(policies())[1]
     assert "same share, other people -0.300" in refusal_verdict(policies())[1]
+
+
+@pytest.mark.parametrize("changed, expected", [({"new": 0.19}, NO), ({"lm_new": 0.26}, NO),
+                                               ({"n": 3}, OPEN), ({}, "HOLDS")])
+def test_constraints_on_a_new_subject_have_their_own_verdict(changed, expected):
+    sentence = importlib.import_module("instructions").verdict(followed(**changed))[1]
+    assert f"{expected}: this carries over to a subject" in sentence
 
 
 # ---- 2. Numbers behind the verdicts ------------------------------------------

@@ -1,0 +1,132 @@
+"""InstructGPT's three steps with a script's own labelers: what they ask, write and rank (IG §3).
+
+lab.instructgpt runs the steps with the toy's labelers. A script with other prompts, or with other
+judges, uses these functions instead, in this order:
+  1. SFT             a folder with a language model, finetuned on demonstrations
+  2. Reward model    K replies to each prompt, ranked by their utilities
+  3. PPO             against the reward model (RM), on the script's own prompts
+These RMs see fewer rankings than that of rankings.py, so their learning rate is twice as high.
+
+Legend:  K replies to one prompt   N prompts
+"""
+import copy
+import dataclasses
+import math
+import tempfile
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import lab
+
+import rankings
+import train_sft
+from demonstrations import Demonstration
+from evaluate import PromptBatch
+from model import GPT
+from pipeline import Run
+from pm import ScalarModel
+from run import write_atomically, write_jsonl
+from stage import Stage
+from train_pm import from_lm
+from train_rl import Learner, RLConfig
+
+# ---- 1. SFT ------------------------------------------------------------------
+
+
+def folder(base: Run, name: str) -> Run:
+    """A run whose folder is `name` and holds the tokenizer and the language model of `base`."""
+    run = Run(dataclasses.replace(base.cfg, paper="instructgpt", out=name))
+    for file in ("tokenizer.json", "lm.pt"):
+        write_atomically(run.path(file), base.path(file).read_bytes())
+    run.load_tokenizer()
+    return run
+
+
+def sft(run: Run, cfg: train_sft.SFTConfig, found: list[Demonstration]) -> GPT:
+    """The model after the last epoch on these demonstrations, of which one prompt in sixteen is
+    held out. Writes sft.pt to the run's folder."""
+    path = run.path("own-demonstrations.jsonl")
+    write_jsonl(path, [{"prompt": one.prompt, "reply": one.reply} for one in found])
+    with lab.silence():
+        train_sft.train(run, dataclasses.replace(cfg, data=str(path)))
+    return run.load_model("sft.pt")
+
+
+# ---- 2. Reward model ---------------------------------------------------------
+
+RM, TINY_RM = rankings.RMConfig(lr=1e-3), lab.TINY_RM
+
+
+def sample(run: Run, models: list[GPT], prompts: list[str], k: int) -> list[list[str]]:
+    """k replies of each model to each prompt: (N, k x models). Unfinished ones are empty."""
+    replies = [[] for _ in prompts]
+    for number, model in enumerate(models):
+        ids = []
+        for prompt in prompts:
+            ids += [run.tok.encode_dialogue(prompt)] * k
+        ro = lab.respond(run, model, ids, f"to be ranked {number}")
+        for i, (response, finished) in enumerate(zip(ro.responses(), ro.finished.tolist())):
+            replies[i // k].append(run.tok.decode(response) if finished else "")
+    return replies
+
+
+def rank(utilities: list[float], rng: Random) -> list[int]:
+    """The rank of each of K replies, 1 for the best (K,), with the noise of toy_labelers.rank."""
+    noisy = []
+    for utility in utilities:
+        noisy.append(utility - math.log(-math.log(max(rng.random(), 1e-300))))
+    order = sorted(range(len(noisy)), key=lambda k: -noisy[k])
+    return [order.index(k) + 1 for k in range(len(noisy))]
+
+
+def reward_model(run: Run, prompts: list[str], replies: list[list[str]],
+                 utilities: list[list[float]], tiny: bool) -> ScalarModel:
+    """An RM that starts from sft.pt and learns from labelers' rankings. They rank the replies to
+    each prompt by these utilities (nats), with noise that is the same for any utilities. The RM's
+    mean is not subtracted; PPO does not depend on it."""
+    cfg, rng, found = TINY_RM if tiny else RM, run.rng("ranks"), []
+    for prompt, options, worth in zip(prompts, replies, utilities):
+        kept = rankings.different(options, Counter())
+        if kept:
+            ranks = rank([worth[k] for k in kept], rng)
+            found.append(rankings.Ranking(prompt, [options[k] for k in kept], ranks))
+    rm = from_lm(run, "sft.pt")
+    with lab.silence(), tempfile.TemporaryDirectory() as name:
+        elsewhere = lab.replica(run, run.seed)
+        elsewhere.out, elsewhere.resume = Path(name), False
+        stage = Stage(elsewhere, "rm", cfg, elsewhere.path("pm.pt"), parents=[])
+        rankings.fit(run, stage, cfg, rm, rankings.encode(run, found))
+    return rm.requires_grad_(False)
+
+
+# ---- 3. PPO ------------------------------------------------------------------
+
+
+class OwnPrompts:
+    """A script's prompts, in the form in which Learner.iterate draws them."""
+
+    def __init__(self, run: Run, texts: list[str]):
+        self.run, self.texts = run, texts
+
+    def draw(self, n: int, *name, held_out: bool) -> PromptBatch:
+        """n of the texts. The words of `name` seed the choice. None is held out."""
+        texts = self.run.rng("own prompts", *name).choices(self.texts, k=n)
+        ids = [self.run.tok.encode_dialogue(text) for text in texts]
+        return PromptBatch(texts, ["helpful"] * n, ids)
+
+
+def short_rl(tiny: bool, iterations: int) -> RLConfig:
+    """IG's options of RL, without what takes time (pretraining text) or only suits long runs (the
+    average of the weights)."""
+    return lab.instructgpt_rl(tiny, ptx_coef=0.0, ema=0.0, iterations=iterations)
+
+
+def ppo(run: Run, rm: ScalarModel, cfg: RLConfig, reference: GPT, prompts: list[str]) -> GPT:
+    """The policy after PPO against an RM on these prompts, without files."""
+    blind = copy.copy(run)
+    blind.toy = False  # no ground truth in the statistics: it does not know a script's prompts
+    learner = Learner(blind, cfg, reference, rm)
+    for iteration in range(cfg.iterations):
+        learner.iterate(OwnPrompts(run, prompts), iteration)
+    return learner.result
