@@ -83,19 +83,24 @@ def demonstrate(rng: Random, held_out: bool) -> Demonstration:
 
 def rank(prompt: str, replies: list[str], kind: str, rng: Random,
          temperature: float = 1.0) -> list[int]:
-    """The rank of each of K replies, 1 for the best: (K,).
+    """The rank of each of K replies by their true utilities, 1 for the best: (K,)."""
+    return rank_by([toy.truth(prompt, reply, kind) / temperature for reply in replies], rng)
 
-    Each true utility gets noise of its own, drawn from a Gumbel distribution, and the noisy
-    utilities are sorted. The difference of two Gumbel variables has a logistic distribution. So
-    each pair is ordered as crowdworkers would choose (toy.preference): Bradley-Terry, with odds of
-    exp(difference of the utilities / temperature). A labeler whose noise were drawn for each pair
-    could contradict itself; this one cannot."""
+
+def rank_by(utilities: list[float], rng: Random) -> list[int]:
+    """The rank of each of K utilities in nats, 1 for the best: (K,).
+
+    Each utility gets noise of its own, drawn from a Gumbel distribution, and the noisy utilities
+    are sorted. The difference of two Gumbel variables has a logistic distribution. So each pair is
+    ordered as crowdworkers would choose (toy.preference): Bradley-Terry, with odds of
+    exp(difference of the utilities). A labeler whose noise were drawn for each pair could
+    contradict itself; this one cannot."""
     noisy = []
-    for reply in replies:
+    for utility in utilities:
         gumbel = -math.log(-math.log(max(rng.random(), 1e-300)))
-        noisy.append(toy.truth(prompt, reply, kind) / temperature + gumbel)
-    order = sorted(range(len(replies)), key=lambda k: -noisy[k])
-    ranks = [0] * len(replies)
+        noisy.append(utility + gumbel)
+    order = sorted(range(len(utilities)), key=lambda k: -noisy[k])
+    ranks = [0] * len(utilities)
     for place, k in enumerate(order, start=1):
         ranks[k] = place
     return ranks

@@ -179,7 +179,7 @@ def one_seed(seed: int, sizes: Sizes, tiny: bool) -> list[dict]:
     """A row for each kind of question and player, on the same held-out questions."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        run = steps.folder(lab.base("toy", seed, tiny), name)
+        run = lab.with_lm_of(lab.base("toy", seed, tiny), name)
         models = players(run, sizes, tiny)
     for kind in (OPEN, CLOSED):
         rng = run.rng("honesty", kind)

@@ -173,7 +173,7 @@ def one_seed(seed: int, sizes: Sizes, tiny: bool) -> list[dict]:
     """A row for each part and player, on the same held-out tasks."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        run = steps.folder(lab.base("toy", seed, tiny), name)
+        run = lab.with_lm_of(lab.base("toy", seed, tiny), name)
         models = players(run, sizes, tiny)
     for part in (TAUGHT, SUBJECT, WORDS, TWO):
         rng = run.rng("instructions", part)

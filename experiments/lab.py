@@ -98,21 +98,26 @@ def trained(seed: int = 0, tiny: bool = False) -> Run:
     return run
 
 
+def with_lm_of(of_base: Run, out: str) -> Run:
+    """A run of InstructGPT in the folder `out`, with the language model of another run."""
+    run = Run(dataclasses.replace(of_base.cfg, paper="instructgpt", out=out))
+    for name in ("tokenizer.json", "lm.pt"):
+        write_atomically(run.path(name), of_base.path(name).read_bytes())
+    run.load_tokenizer()
+    return run
+
+
 def instructgpt(size: str = "toy", seed: int = 0, tiny: bool = False, upto: str = "rl") -> Run:
     """A folder of InstructGPT's models, as --preset instructgpt makes them from the LM of `base`.
     upto: "sft" trains the SFT model alone; "rm" also pm.pt (the reward model) and initial.pt (the
     SFT model that it scores best); "rl" also policy.pt (PPO-ptx)."""
     of_base = base(size, seed, tiny)
-    run = Run(dataclasses.replace(of_base.cfg, paper="instructgpt",
-                                  out=f"{of_base.out.parent}/instructgpt-{of_base.out.name}"))
-    for name in ("tokenizer.json", "lm.pt"):
-        write_atomically(run.path(name), of_base.path(name).read_bytes())
+    run = with_lm_of(of_base, f"{of_base.out.parent}/instructgpt-{of_base.out.name}")
     sft, rm, rl = SFTConfig(), RMConfig(), instructgpt_rl(tiny)
     if tiny:
         sft, rm = TINY_SFT, TINY_RM
     is_complete = run.has({"sft": "sft.pt", "rm": "initial.pt", "rl": "policy.pt"}[upto])
     with silence() if is_complete else contextlib.nullcontext():
-        run.load_tokenizer()
         if not run.reuse("sft", sft):
             train_sft.train(run, sft)
         if upto != "sft":

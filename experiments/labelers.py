@@ -20,7 +20,6 @@ the fifth, is above 0 and below 0.05. The control takes the difference away: the
 one taste, the mean of the five. The drop is then below 0.01.
 """
 import dataclasses
-import math
 from itertools import combinations
 
 import lab
@@ -30,6 +29,7 @@ from decide import Claim, sentence
 import rankings
 import toy
 from pm import score_rows
+from toy_labelers import rank_by
 
 DIFFERENT, ALIKE = "five kinds", "one kind (control)"
 TIMES = 4  # that each labeler ranks a held-out prompt, to average out the noise of the choices
@@ -83,16 +83,9 @@ def utility(taste: Taste, prompt: str, reply: str) -> float:
 
 
 def rank(taste: Taste, ranking, rng):
-    """The ranking as a labeler of this taste makes it. Gumbel noise makes each pair a choice by
-    Bradley-Terry (toy_labelers.rank)."""
-    noisy = []
-    for reply in ranking.replies:
-        gumbel = -math.log(-math.log(max(rng.random(), 1e-300)))
-        noisy.append(utility(taste, ranking.prompt, reply) + gumbel)
-    ranks = [0] * len(noisy)
-    for place, k in enumerate(sorted(range(len(noisy)), key=lambda k: -noisy[k]), start=1):
-        ranks[k] = place
-    return dataclasses.replace(ranking, ranks=ranks, utilities=None)
+    """The ranking as a labeler of this taste makes it."""
+    utilities = [utility(taste, ranking.prompt, reply) for reply in ranking.replies]
+    return dataclasses.replace(ranking, ranks=rank_by(utilities, rng), utilities=None)
 
 
 # ---- 2. Agreement and accuracy -----------------------------------------------

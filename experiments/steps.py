@@ -2,7 +2,7 @@
 
 lab.instructgpt runs the steps with the toy's labelers. A script with other prompts, or with other
 judges, uses these functions instead, in this order:
-  1. SFT             a folder with a language model, finetuned on demonstrations
+  1. SFT             a language model, finetuned on demonstrations
   2. Reward model    K replies to each prompt, ranked by their utilities
   3. PPO             against the reward model (RM), on the script's own prompts
 These RMs see fewer rankings than that of rankings.py, so their learning rate is twice as high.
@@ -11,11 +11,7 @@ Legend:  K replies to one prompt   N prompts
 """
 import copy
 import dataclasses
-import math
-import tempfile
 from collections import Counter
-from pathlib import Path
-from random import Random
 
 import lab
 
@@ -26,21 +22,11 @@ from evaluate import PromptBatch
 from model import GPT
 from pipeline import Run
 from pm import ScalarModel
-from run import write_atomically, write_jsonl
-from stage import Stage
-from train_pm import from_lm
+from run import write_jsonl
+from toy_labelers import rank_by
 from train_rl import Learner, RLConfig
 
 # ---- 1. SFT ------------------------------------------------------------------
-
-
-def folder(base: Run, name: str) -> Run:
-    """A run whose folder is `name` and holds the tokenizer and the language model of `base`."""
-    run = Run(dataclasses.replace(base.cfg, paper="instructgpt", out=name))
-    for file in ("tokenizer.json", "lm.pt"):
-        write_atomically(run.path(file), base.path(file).read_bytes())
-    run.load_tokenizer()
-    return run
 
 
 def sft(run: Run, cfg: train_sft.SFTConfig, found: list[Demonstration]) -> GPT:
@@ -71,15 +57,6 @@ def sample(run: Run, models: list[GPT], prompts: list[str], k: int) -> list[list
     return replies
 
 
-def rank(utilities: list[float], rng: Random) -> list[int]:
-    """The rank of each of K replies, 1 for the best (K,), with the noise of toy_labelers.rank."""
-    noisy = []
-    for utility in utilities:
-        noisy.append(utility - math.log(-math.log(max(rng.random(), 1e-300))))
-    order = sorted(range(len(noisy)), key=lambda k: -noisy[k])
-    return [order.index(k) + 1 for k in range(len(noisy))]
-
-
 def reward_model(run: Run, prompts: list[str], replies: list[list[str]],
                  utilities: list[list[float]], tiny: bool) -> ScalarModel:
     """An RM that starts from sft.pt and learns from labelers' rankings. They rank the replies to
@@ -89,15 +66,11 @@ def reward_model(run: Run, prompts: list[str], replies: list[list[str]],
     for prompt, options, worth in zip(prompts, replies, utilities):
         kept = rankings.different(options, Counter())
         if kept:
-            ranks = rank([worth[k] for k in kept], rng)
+            ranks = rank_by([worth[k] for k in kept], rng)
             found.append(rankings.Ranking(prompt, [options[k] for k in kept], ranks))
-    rm = from_lm(run, "sft.pt")
-    with lab.silence(), tempfile.TemporaryDirectory() as name:
-        elsewhere = lab.replica(run, run.seed)
-        elsewhere.out, elsewhere.resume = Path(name), False
-        stage = Stage(elsewhere, "rm", cfg, elsewhere.path("pm.pt"), parents=[])
-        rankings.fit(run, stage, cfg, rm, rankings.encode(run, found))
-    return rm.requires_grad_(False)
+    with lab.silence():
+        elements = rankings.encode(run, found)
+    return lab.train_rm(run, cfg, elements)
 
 
 # ---- 3. PPO ------------------------------------------------------------------

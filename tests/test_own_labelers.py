@@ -1,6 +1,5 @@
 """Tests of experiments/steps.py, instructions.py, toxicity.py and honesty.py. Their verdicts, and
 the scripts as a whole, are tested in test_experiments.py."""
-import math
 import sys
 from pathlib import Path
 from random import Random
@@ -38,17 +37,6 @@ def run():
 # ---- 1. steps.py -------------------------------------------------------------
 
 
-def test_ranks_are_noisy_and_the_odds_are_those_of_the_utilities():
-    rng, n_first = Random(0), 0
-    for _ in range(1000):
-        ranks = steps.rank([0.0, 1.0], rng)
-        assert sorted(ranks) == [1, 2]
-        n_first += ranks == [2, 1]
-    # odds of e : 1, so 731 of 1,000 with a standard deviation of 14; four of them are 56
-    assert abs(n_first - 1000 / (1 + math.exp(-1))) < 56
-    assert steps.rank([20.0, 60.0, 40.0], rng) == [3, 1, 2]  # noise of 20 is one in e^20
-
-
 def test_each_model_gives_k_replies_to_each_prompt_and_unfinished_ones_are_empty(run, monkeypatch):
     def respond(run, model, ids, name):
         texts = [f" {model}{k}" for k in range(len(ids))]
@@ -61,10 +49,8 @@ def test_each_model_gives_k_replies_to_each_prompt_and_unfinished_ones_are_empty
 
 def test_the_rm_learns_from_ranks_of_different_finished_replies(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(steps, "from_lm", lambda run, name: torch.nn.Linear(1, 1))
-    monkeypatch.setattr(steps, "Stage", lambda *args, **options: None)
     monkeypatch.setattr(rankings, "encode", lambda run, found: found)
-    monkeypatch.setattr(rankings, "fit", lambda run, stage, cfg, rm, found: seen.append(found))
+    monkeypatch.setattr(lab, "train_rm", lambda run, cfg, found: seen.append(found))
     replies = [[" a.", "", " b.", " a.", " c."], [" d.", " d."]]
     for worth in ([0.0, 99.0, 40.0, 0.0, 80.0], [1.0, 99.0, 41.0, 1.0, 81.0]):
         steps.reward_model(run, [EGG, ROB], replies, [worth, [0.0, 0.0]], tiny=True)
