@@ -130,6 +130,12 @@ class Folder:
                             "another --out")
         _locks[folder] = file
 
+    def unlock(self):
+        """Let other processes work in this folder again. This one must only read it from now on."""
+        file = _locks.pop(self.out.resolve(), None)
+        if file is not None:
+            file.close()
+
     def check_options(self):
         """Raise UserError if the folder was made with other options that all stages share, or if
         another process is working in it."""

@@ -79,6 +79,7 @@ def base(size: str = "toy", seed: int = 0, tiny: bool = False) -> Run:
             train_lm.ensure(run, lm, cd)
     else:
         train_lm.ensure(run, lm, cd)
+    run.unlock()  # it is only read from now on, so scripts may run side by side
     return run
 
 
@@ -95,6 +96,7 @@ def trained(seed: int = 0, tiny: bool = False) -> Run:
         train_pm.ensure(run, *models, *stages)
         if not run.reuse("rl", rl):
             train_rl.train(run, rl)
+    run.unlock()
     return run
 
 
@@ -124,6 +126,7 @@ def instructgpt(size: str = "toy", seed: int = 0, tiny: bool = False, upto: str 
             rankings.ensure(run, TINY_LM if tiny else LMConfig(), sft, rm, SelectConfig())
         if upto == "rl" and not run.reuse("rl", rl):
             train_rl.train(run, rl)
+    run.unlock()
     return run
 
 

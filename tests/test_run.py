@@ -521,6 +521,20 @@ def test_two_processes_in_one_folder(tmp_path):
     assert train(folder(tmp_path / "out"), "one") == list(range(7))
 
 
+def test_a_folder_that_is_only_read_can_be_unlocked(tmp_path):
+    script = (f"import sys; sys.path[:0] = {sys.path!r}; from test_run import Cfg, folder; "
+              f"from pathlib import Path; folder(Path({str(tmp_path)!r})).reuse('one', Cfg())")
+    held = folder(tmp_path)
+    train(held, "one")
+    for free in (False, True):
+        if free:
+            held.unlock()
+            held.unlock()  # once more does no harm
+        reader = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert (reader.returncode == 0) == free
+        assert ("another run is working in" in reader.stderr) == (not free)
+
+
 def test_a_state_does_not_outlive_the_options_it_was_made_with(tmp_path, monkeypatch):
     train_all(folder(tmp_path))
     interrupted(tmp_path, "three")  # with lr 0.1
