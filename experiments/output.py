@@ -11,13 +11,16 @@ import csv
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
-from run import errors_in_one_sentence, write_atomically
+from run import errors_in_one_sentence, file_hash, write_atomically
 
 OUT, PICTURES = Path("out/experiments"), Path(__file__).parent / "pictures"
+MADE = "made.json"  # beside the pictures: {script: what `finish` found, and with which code}
 
 # ---- 1. Tables ---------------------------------------------------------------
 
@@ -99,11 +102,26 @@ def once(name: str, args, part: str, measure) -> list[dict]:
 def finish(name: str, args, rows: list[dict], draw, sentence: str):
     """Write the rows as CSV, draw them with `draw(pyplot)` if matplotlib is installed, and print
     the finding. A tiny run writes no file, because it would overwrite real results."""
+    seconds = round(time.perf_counter() - args.start)
     if not args.tiny:
         write_csv(OUT / f"{name}.csv", rows)
-        save_picture(PICTURES / f"{name}.png", draw)
+        if save_picture(PICTURES / f"{name}.png", draw):
+            record(name, args, sentence, seconds)
         shutil.rmtree(parts_folder(name, args), ignore_errors=True)
-    print(f"{sentence}  ({time.perf_counter() - args.start:.0f} s)")
+    print(f"{sentence}  ({seconds} s)")
+
+
+def record(name: str, args, sentence: str, seconds: int):
+    """Note what a picture was made with, for gallery.py."""
+    path = PICTURES / MADE
+    made = json.loads(path.read_text()) if path.exists() else {}
+    made[name] = {"code": code_hash(name), "full": args.full, "first seed": args.seed,
+                  "seconds": seconds, "sentence": sentence}
+    write_atomically(path, json.dumps(made, indent=1, sort_keys=True).encode())
+
+
+def code_hash(name: str) -> str:
+    return file_hash([Path(__file__).with_name(f"{name}.py")])
 
 
 def write_csv(path: Path, rows: list[dict]):
@@ -118,12 +136,13 @@ def write_csv(path: Path, rows: list[dict]):
     print(f"    -> {path}")
 
 
-def save_picture(path: Path, draw):
+def save_picture(path: Path, draw) -> bool:
+    """Whether there is a picture: not without matplotlib."""
     try:
         import matplotlib
     except ImportError:
         print("    no picture: pip install matplotlib")
-        return
+        return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
     pyplot.figure(figsize=(6, 4), dpi=80)
@@ -132,6 +151,7 @@ def save_picture(path: Path, draw):
     path.parent.mkdir(exist_ok=True)
     pyplot.savefig(path)
     print(f"    -> {path}")
+    return True
 
 
 def main(script, description: str, **more):

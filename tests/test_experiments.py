@@ -5,6 +5,7 @@ conditions is broken. All scripts run once at their tiny setting."""
 import csv
 import dataclasses
 import importlib
+import json
 import math
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 sys.path.insert(0, str(FOLDER))
 import collect
+import gallery
 import lab
 import output
 import rankings
@@ -33,9 +35,8 @@ from pm import score_rows
 from ratings import ELO, elo_error, fit_elo
 from train_rl import RLConfig
 
-HELPERS = ("lab", "output", "measures", "exercises", "campaign", "decide", "skills", "steps")
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
-FINDINGS = [name for name in SCRIPTS if name != "rollout_speed"]  # that runs in test_rollout.py
+FINDINGS = gallery.scripts()
+SCRIPTS = FINDINGS + ["rollout_speed"]  # which runs in test_rollout.py
 
 # ---- 1. Verdicts -------------------------------------------------------------
 
@@ -766,6 +767,21 @@ def test_a_match_counts_the_choices_for_the_first_of_two_policies(monkeypatch):
     run = SimpleNamespace(tok=SimpleNamespace(end_of_turn=0))
     wins = collect.match(run, "A", "B", "helpful", 5)
     assert (wins[0, 1], wins[1, 0]) == (3, 1)
+
+
+def test_what_is_wrong_with_an_entry_of_the_gallery(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "PICTURES", tmp_path)
+    args = SimpleNamespace(full=True, seed=3)
+    output.record("writers", args, "HOLDS: a, b. c", 60)
+    output.record("elo", args, "NOT DECIDED: x", 7)
+    made = json.loads((tmp_path / output.MADE).read_text())
+    assert set(made) == {"writers", "elo"} and made["writers"]["first seed"] == 3
+    assert "no picture" in gallery.state("writers", made, "> HOLDS: a, b. c")
+    (tmp_path / "writers.png").write_text("")
+    assert gallery.state("writers", made, "text\n> HOLDS: a,\n> b. c\ntext") == ""
+    assert "quoted otherwise" in gallery.state("writers", made, "> HOLDS: a, b. d")
+    made["writers"]["code"] = "another"
+    assert "older than its script" in gallery.state("writers", made, "> HOLDS: a, b. c")
 
 
 # ---- 3. What the scripts share -----------------------------------------------

@@ -1,0 +1,64 @@
+"""Which pictures and quotes of the gallery are as old as the code? And make all of them anew.
+
+    python experiments/gallery.py                # a line for each script
+    python experiments/gallery.py --run          # run the scripts that are not up to date: hours
+    python experiments/gallery.py --run --full   # ... with enough seeds to decide
+
+Each script leaves a hash of its own code and its sentences in pictures/made.json. Changes of the
+models behind it (lab.py, the main job) are not noticed: delete out/experiments and run all.
+"""
+import argparse
+import json
+import re
+import subprocess
+import sys
+
+import output
+
+FOLDER = output.PICTURES.parent
+# Other files of this folder hold what the scripts share.
+SHARED = ("lab", "output", "measures", "exercises", "campaign", "decide", "skills", "steps",
+          "gallery", "rollout_speed")
+
+
+def scripts() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
+
+
+def words(text: str) -> str:
+    """The text of a quotation without its markup and line breaks."""
+    return " ".join(re.sub(r"(?m)^>", "", text).split())
+
+
+def state(name: str, made: dict, readme: str) -> str:
+    """What is wrong with a script's entry in the gallery; "" if nothing is."""
+    if name not in made or not (output.PICTURES / f"{name}.png").exists():
+        return "has no picture by a run that left a record"
+    if made[name]["code"] != output.code_hash(name):
+        return "is older than its script"
+    if words(made[name]["sentence"]) not in words(readme):
+        return "is quoted otherwise in README.md"
+    return ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", action="store_true", help="run the scripts that need it")
+    parser.add_argument("--full", action="store_true", help="the same option of the scripts")
+    args = parser.parse_args()
+    path, readme = output.PICTURES / output.MADE, (FOLDER / "README.md").read_text()
+    for name in scripts():
+        made = json.loads(path.read_text()) if path.exists() else {}
+        wrong = state(name, made, readme)
+        how = f"{made[name]['seconds']} s" if name in made else ""
+        if how and made[name]["full"]:
+            how += ", --full"
+        print(f"{name:15} {how:15} {wrong or 'up to date'}", flush=True)
+        is_short = args.full and name in made and not made[name]["full"]
+        if args.run and (is_short or wrong and "quoted" not in wrong):
+            options = ["--full"] if args.full else []
+            subprocess.run([sys.executable, FOLDER / f"{name}.py", *options])
+
+
+if __name__ == "__main__":
+    main()
