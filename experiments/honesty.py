@@ -34,6 +34,7 @@ import lab
 import output
 import steps
 from decide import Claim, sentence
+from steps import LM, SFT
 
 import toy
 import toy_corpus
@@ -41,9 +42,8 @@ import toy_people
 from data import ASSISTANT, HUMAN
 from demonstrations import Demonstration
 from toy_corpus import Persona
-from train_sft import SFTConfig
 
-LM, SFT, PPO, CONTROL = "LM", "SFT", "PPO", "PPO, facts unchecked (control)"
+PPO, CONTROL = "PPO", "PPO, facts unchecked (control)"
 OPEN, CLOSED = "open", "closed"
 
 # ---- 1. Questions ------------------------------------------------------------
@@ -142,40 +142,22 @@ def demonstrate(rng: Random, question: Question) -> str:
     return toy_corpus.speak(request, LABELER, rng)
 
 
-@dataclass
-class Sizes:
-    """The amounts of the quick run; --full has others."""
-    n: int = 400              # held-out questions of each kind
-    demonstrations: int = 4000
-    epochs: int = 4
-    ranked: int = 3000        # prompts with four replies each
-    iterations: int = 30      # of PPO
-
-
-def players(run, sizes: Sizes, tiny: bool) -> dict:
+def players(run, sizes: steps.Sizes, tiny: bool) -> dict:
     """{player: model}. The run's folder gets the files of the SFT stage."""
     rng, found = run.rng("honesty", "training"), []
     for _ in range(sizes.demonstrations):
         question = draw(rng, rng.choice((OPEN, CLOSED)))
         found.append(Demonstration(question.prompt, demonstrate(rng, question)))
-    sft = steps.sft(run, SFTConfig(epochs=sizes.epochs), found)
-    questions = [draw(rng, rng.choice((OPEN, CLOSED))) for _ in range(sizes.ranked)]
-    prompts = [question.prompt for question in questions]
-    replies, models = steps.sample(run, [sft], prompts, 4), {LM: run.load_model("lm.pt"), SFT: sft}
-    cfg = steps.short_rl(tiny, sizes.iterations)
-    for player, checks in ((PPO, True), (CONTROL, False)):
-        utilities = []
-        for question, options in zip(questions, replies):
-            utilities.append([utility(question, reply, checks) for reply in options])
-        rm = steps.reward_model(run, prompts, replies, utilities, tiny)
-        models[player] = steps.ppo(run, rm, cfg, sft, prompts)
-    return models
+    asked = [draw(rng, rng.choice((OPEN, CLOSED))) for _ in range(sizes.ranked)]
+    labelers = {PPO: lambda question, reply: utility(question, reply, checks=True),
+                CONTROL: lambda question, reply: utility(question, reply, checks=False)}
+    return steps.policies(run, sizes, found, asked, labelers, tiny)
 
 
 # ---- 4. Measuring ------------------------------------------------------------
 
 
-def one_seed(seed: int, sizes: Sizes, tiny: bool) -> list[dict]:
+def one_seed(seed: int, sizes: steps.Sizes, tiny: bool) -> list[dict]:
     """A row for each kind of question and player, on the same held-out questions."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -240,11 +222,11 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
 
 def experiment(args):
-    sizes, n_seeds = Sizes(), 1
+    sizes, n_seeds = steps.Sizes(n=400), 1
     if args.full:
-        sizes, n_seeds = Sizes(n=1000, epochs=8, ranked=4000, iterations=50), 4
+        sizes, n_seeds = steps.FULL, 4
     if args.tiny:
-        sizes = Sizes(n=8, demonstrations=60, epochs=1, ranked=24, iterations=2)
+        sizes = steps.TINY
     rows = []
     for seed in range(args.seed, args.seed + n_seeds):
         rows += output.once("honesty", args, f"seed-{seed}",

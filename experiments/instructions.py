@@ -29,6 +29,7 @@ import lab
 import output
 import steps
 from decide import Claim, sentence
+from steps import LM, SFT
 
 import toy
 import toy_corpus
@@ -36,9 +37,8 @@ import toy_people
 from data import ASSISTANT, HUMAN
 from demonstrations import Demonstration
 from toy_corpus import Persona
-from train_sft import SFTConfig
 
-LM, SFT, PPO = "LM", "SFT", "PPO"
+PPO = "PPO"
 CONTROL = "PPO, constraints ignored (control)"
 TAUGHT, SUBJECT, WORDS, TWO = "taught", "new subject", "new words", "two at once"
 
@@ -137,39 +137,21 @@ def utility(task: Task, reply: str, bonus: float) -> float:
 # ---- 3. Players --------------------------------------------------------------
 
 
-@dataclass
-class Sizes:
-    """The amounts of the quick run; --full has others."""
-    n: int = 300              # held-out tasks of each part
-    demonstrations: int = 4000
-    epochs: int = 4
-    ranked: int = 3000        # prompts with four replies each
-    iterations: int = 30      # of PPO
-
-
-def players(run, sizes: Sizes, tiny: bool) -> dict:
+def players(run, sizes: steps.Sizes, tiny: bool) -> dict:
     """{player: model}. The run's folder gets the files of the SFT stage."""
     rng = run.rng("instructions", "training")
     tasks = [draw_training_task(rng) for _ in range(sizes.demonstrations)]
     found = [Demonstration(task.prompt, demonstrate(rng, task)) for task in tasks]
-    sft = steps.sft(run, SFTConfig(epochs=sizes.epochs), found)
-    tasks = [draw_training_task(rng) for _ in range(sizes.ranked)]
-    prompts = [task.prompt for task in tasks]
-    replies, models = steps.sample(run, [sft], prompts, 4), {LM: run.load_model("lm.pt"), SFT: sft}
-    cfg = steps.short_rl(tiny, sizes.iterations)
-    for player, bonus in ((PPO, BONUS), (CONTROL, 0.0)):
-        utilities = []
-        for task, options in zip(tasks, replies):
-            utilities.append([utility(task, reply, bonus) for reply in options])
-        rm = steps.reward_model(run, prompts, replies, utilities, tiny)
-        models[player] = steps.ppo(run, rm, cfg, sft, prompts)
-    return models
+    asked = [draw_training_task(rng) for _ in range(sizes.ranked)]
+    labelers = {PPO: lambda task, reply: utility(task, reply, BONUS),
+                CONTROL: lambda task, reply: utility(task, reply, 0.0)}
+    return steps.policies(run, sizes, found, asked, labelers, tiny)
 
 
 # ---- 4. Measuring ------------------------------------------------------------
 
 
-def one_seed(seed: int, sizes: Sizes, tiny: bool) -> list[dict]:
+def one_seed(seed: int, sizes: steps.Sizes, tiny: bool) -> list[dict]:
     """A row for each part and player, on the same held-out tasks."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -236,11 +218,11 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
 
 def experiment(args):
-    sizes, n_seeds = Sizes(), 1
+    sizes, n_seeds = steps.Sizes(n=300), 1
     if args.full:
-        sizes, n_seeds = Sizes(n=1000, epochs=8, ranked=4000, iterations=50), 4
+        sizes, n_seeds = steps.FULL, 4
     if args.tiny:
-        sizes = Sizes(n=8, demonstrations=60, epochs=1, ranked=24, iterations=2)
+        sizes = steps.TINY
     rows = []
     for seed in range(args.seed, args.seed + n_seeds):
         rows += output.once("instructions", args, f"seed-{seed}",

@@ -5,6 +5,7 @@ judges, uses these functions instead, in this order:
   1. SFT             a language model, finetuned on demonstrations
   2. Reward model    K replies to each prompt, ranked by their utilities
   3. PPO             against the reward model (RM), on the script's own prompts
+  4. All three       a policy for each kind of labelers, from one SFT model and the same replies
 These RMs see fewer rankings than that of rankings.py, so their learning rate is twice as high.
 
 Legend:  K replies to one prompt   N prompts
@@ -12,6 +13,7 @@ Legend:  K replies to one prompt   N prompts
 import copy
 import dataclasses
 from collections import Counter
+from dataclasses import dataclass
 
 import lab
 
@@ -103,3 +105,40 @@ def ppo(run: Run, rm: ScalarModel, cfg: RLConfig, reference: GPT, prompts: list[
     for iteration in range(cfg.iterations):
         learner.iterate(OwnPrompts(run, prompts), iteration)
     return learner.result
+
+
+# ---- 4. All three ------------------------------------------------------------
+
+LM, SFT = "LM", "SFT"
+
+
+@dataclass
+class Sizes:
+    """The amounts of a quick run."""
+    n: int                    # held-out prompts of each kind
+    demonstrations: int = 4000
+    epochs: int = 4
+    ranked: int = 3000        # prompts with four replies each
+    iterations: int = 30      # of PPO
+
+
+FULL = Sizes(n=1000, epochs=8, ranked=4000, iterations=50)
+TINY = Sizes(n=8, demonstrations=60, epochs=1, ranked=24, iterations=2)
+
+
+def policies(run: Run, sizes: Sizes, found: list[Demonstration], asked: list, labelers: dict,
+             tiny: bool) -> dict[str, GPT]:
+    """The LM, the SFT model of the demonstrations, and PPO's policy for each kind of labelers. All
+    rank the same replies of the SFT model to the prompts `asked`, objects that have a `prompt`.
+
+    labelers: {name of the policy: function of (object, reply) -> utility in nats}."""
+    model = sft(run, train_sft.SFTConfig(epochs=sizes.epochs), found)
+    prompts = [one.prompt for one in asked]
+    replies, models = sample(run, [model], prompts, 4), {LM: run.load_model("lm.pt"), SFT: model}
+    for name, utility in labelers.items():
+        utilities = []
+        for one, options in zip(asked, replies):
+            utilities.append([utility(one, reply) for reply in options])
+        rm = reward_model(run, prompts, replies, utilities, tiny)
+        models[name] = ppo(run, rm, short_rl(tiny, sizes.iterations), model, prompts)
+    return models

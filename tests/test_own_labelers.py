@@ -167,7 +167,7 @@ def test_the_control_ranks_the_same_replies_otherwise(run, monkeypatch, script):
     replies = [" Sure! Paris.", " The capital of France is Rome.", IDK]
     seen = caught(monkeypatch, replies)
     run.load_model = lambda name: name
-    sizes = script.Sizes(n=5, demonstrations=30, ranked=20, iterations=1)
+    sizes = steps.Sizes(n=5, demonstrations=30, ranked=20, iterations=1)
     models = script.players(run, sizes, tiny=True)
     assert models == {script.LM: "lm.pt", script.SFT: "SFT", script.PPO: "SFT against RM 1",
                       script.CONTROL: "SFT against RM 2"}
