@@ -6,7 +6,7 @@ it in this order:
   2. Distances  how far a vector is from those of known prompts
   3. A prompt   how many known prompts are less unusual
 
-Legend:  L layers   D width   n tokens of a row
+Legend:  L layers   D width   B rows of a batch   T tokens of the longest row
 """
 import torch
 
