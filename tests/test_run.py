@@ -526,10 +526,12 @@ def test_a_folder_that_is_only_read_can_be_unlocked(tmp_path):
               f"from pathlib import Path; folder(Path({str(tmp_path)!r})).reuse('one', Cfg())")
     held = folder(tmp_path)
     train(held, "one")
-    for free in (False, True):
+    for free in (False, True, False):
         if free:
             held.unlock()
             held.unlock()  # once more does no harm
+        else:
+            held.reuse("one", Cfg())  # locks it, again in the end
         reader = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert (reader.returncode == 0) == free
         assert ("another run is working in" in reader.stderr) == (not free)
