@@ -322,14 +322,10 @@ def is_first() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def can_lock() -> bool:
-    return fcntl is not None
-
-
 def lock(file) -> bool:
     """Lock an open file, until it is closed or this process ends or dies. False if another process
     has locked it. A disk without locks, or Windows, locks nothing."""
-    if not can_lock():
+    if fcntl is None:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from run import (UserError, can_lock, file_hash, first_sentence, flag, is_first, is_out_of_memory,
+from run import (UserError, file_hash, first_sentence, flag, is_first, is_out_of_memory,
                  load, lock, read_text, rng, save, torch_rng, write_atomically)
 
 # ---- 1. Folder ---------------------------------------------------------------
@@ -119,7 +119,7 @@ class Folder:
         """Keep other processes from training in this folder until this one ends. Raises UserError
         if one already does."""
         folder = self.out.resolve()
-        if folder in _locks or not can_lock() or not is_first():
+        if folder in _locks or not is_first():
             return
         try:
             file = open(self.path(".lock"), "w")
