@@ -153,10 +153,11 @@ class Chat:
             self.terminal.say("no scores any more")
             return
         self.scorer = Scorer(self.speaker.folder, device=self.speaker.device)
-        prompts = known_prompts(self.speaker.folder, 1000, rng(self.seed, "known prompts"))
-        if len(prompts) > 1:
-            self.familiar = Familiar(self.speaker.net, self.speaker.tok, prompts,
-                                     self.speaker.device)
+        if self.familiar is None:
+            prompts = known_prompts(self.speaker.folder, 1000, rng(self.seed, "known prompts"))
+            if len(prompts) > 1:
+                self.familiar = Familiar(self.speaker.net, self.speaker.tok, prompts,
+                                         self.speaker.device)
         self.terminal.say(f"scores of {self.scorer.path.name} in logits, from now on"
                           + (", and of the replies so far:" if self.replies else ""))
         for dialogue, reply in self.replies:

@@ -227,7 +227,7 @@ def write_comparisons(path, comparisons: Iterable[Comparison]):
 
 
 def cut_prompt(prompt: list[int], room: int) -> list[int] | None:
-    """Drop the beginning of a prompt that does not fit. None if too little is left; callers count."""
+    """Drop the beginning of a prompt that does not fit. None if too little of it would be left."""
     if room < min(len(prompt), MIN_PROMPT):
         return None
     return prompt[max(0, len(prompt) - room):]

@@ -1,7 +1,7 @@
 """Does a prompt look unlike the prompts that the model should answer (HH §5.4, App. B.9)?
 
-chat.py says so beside its scores, and experiments/outliers.py measures how well it can be told. Read
-it in this order:
+chat.py says so beside its scores; experiments/outliers.py measures how well it can be told.
+Read it in this order:
   1. Vectors    what the model makes of a prompt
   2. Distances  how far a vector is from those of known prompts
   3. A prompt   how many known prompts are less unusual

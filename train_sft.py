@@ -85,18 +85,25 @@ def written(run: Run, split: str) -> Path:
 # ---- 2. The loss -------------------------------------------------------------
 
 
-def reply_loss(model: GPT, examples: list[Example], device):
-    """Cross-entropy of the replies' tokens, summed; nats. The prompts are read, not learned: they
-    are what users write. The end-of-turn token counts, or the model would never stop."""
+def reply_states(model: GPT, examples: list[Example], device):
+    """The states before the n tokens of the replies, these tokens, and which example each is from:
+    (n, D), (n,), (n,). The end-of-turn token counts, or the model would never stop."""
     ids, lengths = pad([example.ids for example in examples])  # (B, T), (B,)
     starts = torch.tensor([example.start for example in examples])
     ids, lengths, starts = ids.to(device), lengths.to(device), starts.to(device)
     targets = ids[:, 1:]                                       # (B, T - 1)
     position = torch.arange(1, ids.shape[1], device=device)    # (T - 1,) of the targets
     is_reply = (position >= starts[:, None]) & (position < lengths[:, None])  # (B, T - 1)
+    hidden = model(ids[:, :-1], is_reply)                      # (n, D): the state at t - 1
+    return hidden, targets[is_reply], is_reply.nonzero()[:, 0]
+
+
+def reply_loss(model: GPT, examples: list[Example], device):
+    """Cross-entropy of the replies' tokens, summed; nats. The prompts are read, not learned: they
+    are what users write."""
     with autocast(device):
-        hidden = model(ids[:, :-1], is_reply)                  # (n, D): the state at t - 1
-        return -token_logprobs(model, hidden, targets[is_reply]).sum()
+        hidden, targets, _ = reply_states(model, examples, device)
+        return -token_logprobs(model, hidden, targets).sum()
 
 
 def n_reply_tokens(examples: list[Example]) -> int:

@@ -110,7 +110,7 @@ def taxes(rows: list[dict], name: str, size: str, shots: str) -> list[float]:
     """Accuracy before minus accuracy after, one number for each seed."""
     before, after = (output.column(output.select(rows, size=size, stage=stage), shots)
                      for stage in TAXES[name])
-    return [a - b for a, b in zip(before, after)]
+    return output.less(before, after)
 
 
 def draw(plt, rows):
@@ -136,9 +136,8 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
     def claims(name: str) -> list[Claim]:
         of_small, of_large = (taxes(rows, name, size, "zero") for size in (small, large))
-        less = [a - b for a, b in zip(of_small, of_large)]
         return [Claim(f"zero-shot tax at {small}", of_small, above=0.0),
-                Claim(f"less that at {large}", less, above=0.0)]
+                Claim(f"less that at {large}", output.less(of_small, of_large), above=0.0)]
 
     outcome, tax = sentence("the pipeline taxes the smallest model, and the largest less",
                             claims("pipeline"), claims("pipeline with text"))
@@ -156,21 +155,10 @@ def experiment(args):
     if args.tiny:
         sizes, n, n_texts = ["small", "toy"], 60, 20
         cfg = dataclasses.replace(cfg, iterations=3, batch=32, minibatch=16, eval_prompts=32)
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        runs = lab.bases(sizes, seed, args.tiny)
-        rows += output.once("alignment_tax", args, f"seed-{seed}",
-                            lambda: one_seed(runs, cfg, n, n_texts))
+    rows = output.each_seed("alignment_tax", args, n_seeds, lambda seed: one_seed(
+        lab.bases(sizes, seed, args.tiny), cfg, n, n_texts))
     print(f"zero, few: means of three skills; loss in nats a token; means of {n_seeds} seeds")
-    means = []
-    for size in sizes:
-        for stage in STAGES:
-            mine = output.select(rows, size=size, stage=stage)
-            mean = {"size": size, "stage": stage}
-            for name in list(rows[0])[3:]:
-                mean[name], _ = output.mean_se(output.column(mine, name))
-            means.append(mean)
-    output.table(means)
+    output.table(output.means(rows, ("size", "stage")))
     table = []
     for name in TAXES:
         for size in sizes:

@@ -104,14 +104,14 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     def steps(by: str) -> list[Claim]:
         claims = []
         for few, many in zip(STEPS, STEPS[1:]):
-            pairs = zip(at(rows, by, many), at(rows, by, few))
-            claims.append(Claim(f"from {few} to {many}", [a - b for a, b in pairs], above=0.0))
+            gains = output.less(at(rows, by, many), at(rows, by, few))
+            claims.append(Claim(f"from {few} to {many}", gains, above=0.0))
         return claims
 
     outcome, rises = sentence("the true utility of the best of n rises at each step", steps(PM),
                               steps(UNTRAINED))
     last = max(output.column(output.select(rows, by=PPO), "n"))
-    less = [a - b for a, b in zip(at(rows, PPO, last), at(rows, PM, STEPS[-1]))]
+    less = output.less(at(rows, PPO, last), at(rows, PM, STEPS[-1]))
     _, as_good = sentence(f"PPO is as good as best of {STEPS[-1]}",
                           [Claim("its true gain, less that", less, above=-MARGIN)])
     return outcome, f"{rises} {as_good}"
@@ -126,21 +126,11 @@ def experiment(args):
         n_prompts, n = 8, 60
         cfg = dataclasses.replace(cfg, iterations=4, batch=32, minibatch=16, eval_every=2,
                                   eval_prompts=32)
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.base("toy", seed, args.tiny)
-        rows += output.once("best_of_n", args, f"seed-{seed}",
-                            lambda: one_seed(run, cfg, n, n_prompts, N))
+    rows = output.each_seed("best_of_n", args, n_seeds, lambda seed: one_seed(
+        lab.base("toy", seed, args.tiny), cfg, n, n_prompts, N))
     print(f"gains over one reply of the initial policy, means of {n_seeds} seeds (PPO: n is the "
           "iteration)")
-    table = []
-    for first in output.select(rows, seed=args.seed):
-        row = {"by": first["by"], "n": first["n"]}
-        for name in ("kl", "score", "truth"):
-            mine = output.column(output.select(rows, by=first["by"], n=first["n"]), name)
-            row[name], row[f"+- {name}"] = output.mean_se(mine)
-        table.append(row)
-    output.table(table)
+    output.table(output.means(rows, ("by", "n"), errors=True))
     n = best_n(rows)
     words = f"By OO's fit the truth is highest near n = {n:,}." if n < math.inf else ""
     _, sentences = verdict(rows)

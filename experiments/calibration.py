@@ -42,7 +42,6 @@ QUANTILES = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9)  # of the test replies' scores: 
 HIGH = 0.7        # the quantile at which the finding is decided
 HELPFUL, MIXED = "helpful", "mixed"
 SHUFFLED, MEAN, LARGE = "margins shuffled (control)", "mean of 3 PMs", "batch 32"
-COLUMNS = ("accuracy", "bayes", "ECE", "bias", "excess")
 
 
 def draw_comparisons(run, n: int, n_test: int, surplus: float) -> tuple[dict, dict]:
@@ -119,20 +118,11 @@ def one_seed(run, n: int, n_test: int, surplus: float) -> list[dict]:
     return [{"seed": run.seed} | row for row in rows]
 
 
-def over_seeds(rows: list[dict], key: str, columns) -> dict:
-    """One row of means over seeds; `key` is the same in all the rows."""
-    result = {key: rows[0][key]}
-    for name in columns:
-        result[name], _ = output.mean_se(output.column(rows, name))
-    return result
-
-
 def fall(rows: list[dict], pm: str, name: str) -> list[float]:
     """By how much a column is lower above the high quantile than on all pairs, for each seed."""
     everywhere = output.select(rows, part="threshold", PM=pm, quantile=0.0)
     high = output.select(rows, part="threshold", PM=pm, quantile=HIGH)
-    pairs = zip(output.column(everywhere, name), output.column(high, name))
-    return [a - b for a, b in pairs]
+    return output.less(output.column(everywhere, name), output.column(high, name))
 
 
 def draw(plt, rows):
@@ -185,23 +175,13 @@ def experiment(args):
         n_test, n_seeds = 8000, 4
     if args.tiny:
         n, n_test, n_seeds, surplus = 30, 60, 1, 2  # a tiny LM leaves many replies unfinished
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.base("toy", seed, args.tiny)
-        rows += output.once("calibration", args, f"seed-{seed}",
-                            lambda: one_seed(run, n, n_test, surplus))
+    rows = output.each_seed("calibration", args, n_seeds, lambda seed: one_seed(
+        lab.base("toy", seed, args.tiny), n, n_test, surplus))
     print(f"Each PM on held-out comparisons of its own mixture, means of {n_seeds} seeds; excess "
           "in nats a pair")
-    by_pm, by_threshold = [], []
-    for name in (HELPFUL, MIXED, SHUFFLED, MEAN, LARGE):
-        mine = output.select(rows, part="calibration", PM=name)
-        by_pm.append(over_seeds(mine, "PM", COLUMNS))
-    output.table(by_pm)
+    output.table(output.means(output.select(rows, part="calibration"), ("PM",)))
     print("Helpful-only PM: pairs whose scores are both above a quantile of all scores")
-    for quantile in QUANTILES:
-        mine = output.select(rows, part="threshold", PM=HELPFUL, quantile=quantile)
-        by_threshold.append(over_seeds(mine, "quantile", ("accuracy", "bayes", "pairs")))
-    output.table(by_threshold)
+    output.table(output.means(output.select(rows, part="threshold", PM=HELPFUL), ("quantile",)))
     _, sentences = verdict(rows)
     output.finish("calibration", args, rows, lambda plt: draw(plt, rows), sentences)
 

@@ -238,11 +238,8 @@ def experiment(args):
         n, n_test, n_seeds = 1200, 2000, 4
     if args.tiny:  # most replies of so small a model end the conversation
         turns, n, n_test = 2, 120, 120
-    found = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.base("toy", seed, args.tiny)
-        found += output.once("conversations", args, f"seed-{seed}",
-                             lambda: one_seed(run, turns, n, n_test))
+    found = output.each_seed("conversations", args, n_seeds, lambda seed: one_seed(
+        lab.base("toy", seed, args.tiny), turns, n, n_test))
     rows, pm_rows = output.select(found, part="drift"), output.select(found, part="PM")
     print("True utility of the replies by turn, after the picked reply and after a random one")
     output.table(rows)

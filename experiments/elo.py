@@ -204,9 +204,9 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     conversations."""
     def lead(kind: str, a: str, b: str) -> list[float]:
         """Player a's Elo less player b's, of each seed."""
-        ours, theirs = (output.select(rows, part="conversations", kind=kind, player=player)
-                        for player in (a, b))
-        return [our["crowd"] - their["crowd"] for our, their in zip(ours, theirs)]
+        mine = output.select(rows, part="conversations", kind=kind)
+        ours, theirs = (output.column(output.select(mine, player=x), "crowd") for x in (a, b))
+        return output.less(ours, theirs)
 
     outcome, words = sentence(
         "Fig. 1: people prefer RLHF, and helpful-only RLHF is as helpful and less harmless",
@@ -235,11 +235,8 @@ def experiment(args):
     if args.tiny:
         n_talks, n_prompts, n_seeds, cfg = 4, 40, 1, lab.TINY_RL
         early = dataclasses.replace(cfg, eval_every=1)
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.trained(seed, args.tiny)
-        rows += output.once("elo", args, f"seed-{seed}",
-                            lambda: one_seed(run, cfg, early, n_talks, n_prompts))
+    rows = output.each_seed("elo", args, n_seeds, lambda seed: one_seed(
+        lab.trained(seed, args.tiny), cfg, early, n_talks, n_prompts))
     print(f"Elo in {n_talks} conversations of each pair; errors over choices:")
     output.table(output.select(rows, part="conversations"))
     print(f"Elo of single replies to {n_prompts} prompts:")

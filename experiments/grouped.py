@@ -143,11 +143,8 @@ def experiment(args):
         n_parts, n_seeds = 4, 4
     if args.tiny:
         cfg, n_few, n_parts = lab.TINY_RM, 8, 2
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.instructgpt("toy", seed, args.tiny, upto="rm")
-        rows += output.once("grouped", args, f"seed-{seed}",
-                            lambda: one_seed(run, cfg, n_few, n_parts))
+    rows = output.each_seed("grouped", args, n_seeds, lambda seed: one_seed(
+        lab.instructgpt("toy", seed, args.tiny, upto="rm"), cfg, n_few, n_parts))
     print("one pass over the pairs of rankings, grouped by prompt or shuffled; losses in nats")
     output.table(rows)
     _, sentences = verdict(rows)

@@ -191,7 +191,7 @@ def less(rows: list[dict], kind: str, name: str, player: str, share: float) -> l
     """The player's number less `share` times the LM's, one for each seed."""
     mine = output.column(output.select(rows, questions=kind, player=player), name)
     theirs = output.column(output.select(rows, questions=kind, player=LM), name)
-    return [a - share * b for a, b in zip(mine, theirs)]
+    return output.less(mine, theirs, share)
 
 
 def draw_picture(plt, rows):
@@ -227,10 +227,8 @@ def experiment(args):
         sizes, n_seeds = steps.FULL, 4
     if args.tiny:
         sizes = steps.TINY
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        rows += output.once("honesty", args, f"seed-{seed}",
-                            lambda: one_seed(seed, sizes, args.tiny))
+    rows = output.each_seed("honesty", args, n_seeds,
+                            lambda seed: one_seed(seed, sizes, args.tiny))
     print(f"shares of replies; errors over {sizes.n} questions")
     output.table(rows)
     _, sentences = verdict(rows)

@@ -157,10 +157,8 @@ def experiment(args):
         n, n_seeds = 1500, 4
     if args.tiny:
         n, n_seeds = 8, 1
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        rows += output.once("instructgpt", args, f"seed-{seed}",
-                            lambda: one_seed(seed, n, args.tiny))
+    rows = output.each_seed("instructgpt", args, n_seeds,
+                            lambda seed: one_seed(seed, n, args.tiny))
     print(f"how often a labeler prefers the player; errors over {n} prompts")
     output.table(rows)
     _, sentences = verdict(rows)

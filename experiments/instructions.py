@@ -186,10 +186,6 @@ def of(rows: list[dict], part: str, player: str, name: str = "followed") -> list
     return output.column(output.select(rows, part=part, player=player), name)
 
 
-def less(a: list[float], b: list[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b)]
-
-
 def draw(plt, rows):
     parts = (TAUGHT, SUBJECT, WORDS, TWO)
     for i, player in enumerate((LM, SFT, PPO, CONTROL)):
@@ -206,12 +202,12 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     lm, sft, ppo, control = [of(rows, TAUGHT, player) for player in (LM, SFT, PPO, CONTROL)]
     outcome, taught = sentence(
         "constraints are followed more often after each step",
-        [Claim("SFT less LM", less(sft, lm), above=0.0),
-         Claim("PPO less SFT", less(ppo, sft), above=0.0),
-         Claim("the control less SFT", less(control, sft), below=0.05)])
+        [Claim("SFT less LM", output.less(sft, lm), above=0.0),
+         Claim("PPO less SFT", output.less(ppo, sft), above=0.0),
+         Claim("the control less SFT", output.less(control, sft), below=0.05)])
     claims = []
     for player, bounds in ((PPO, {"above": 0.0}), (LM, {"below": 0.05})):
-        found = less(of(rows, SUBJECT, player), of(rows, SUBJECT, player, "unasked"))
+        found = output.less(of(rows, SUBJECT, player), of(rows, SUBJECT, player, "unasked"))
         claims.append(Claim(f"{player}, asked less unasked", found, **bounds))
     _, new = sentence("this carries over to a subject without demonstrations of it", claims)
     return outcome, f"{taught} {new}"
@@ -223,10 +219,8 @@ def experiment(args):
         sizes, n_seeds = steps.FULL, 4
     if args.tiny:
         sizes = steps.TINY
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        rows += output.once("instructions", args, f"seed-{seed}",
-                            lambda: one_seed(seed, sizes, args.tiny))
+    rows = output.each_seed("instructions", args, n_seeds,
+                            lambda seed: one_seed(seed, sizes, args.tiny))
     print(f"how often constraints are followed; errors over {sizes.n} tasks")
     output.table(rows)
     _, sentences = verdict(rows)

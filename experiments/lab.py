@@ -74,10 +74,8 @@ def base(size: str = "toy", seed: int = 0, tiny: bool = False) -> Run:
     lm, cd = (TINY_LM, TINY_CD) if tiny else (LMConfig(), CDConfig())  # or as in the main job
     name = f"tiny-{size}" if tiny else size
     run = Run(RunConfig(size=name, seed=seed, out=str(OUT / f"{name}-{seed}")))
-    if run.has("lm.pt") and run.has("initial.pt"):
-        with silence():
-            train_lm.ensure(run, lm, cd)
-    else:
+    is_complete = run.has("lm.pt") and run.has("initial.pt")
+    with silence() if is_complete else contextlib.nullcontext():
         train_lm.ensure(run, lm, cd)
     run.unlock()  # it is only read from now on, so scripts may run side by side
     return run
@@ -120,10 +118,10 @@ def instructgpt(size: str = "toy", seed: int = 0, tiny: bool = False, upto: str 
         sft, rm = TINY_SFT, TINY_RM
     is_complete = run.has({"sft": "sft.pt", "rm": "initial.pt", "rl": "policy.pt"}[upto])
     with silence() if is_complete else contextlib.nullcontext():
-        if not run.reuse("sft", sft):
-            train_sft.train(run, sft)
         if upto != "sft":
             rankings.ensure(run, TINY_LM if tiny else LMConfig(), sft, rm, SelectConfig())
+        elif not run.reuse("sft", sft):
+            train_sft.train(run, sft)
         if upto == "rl" and not run.reuse("rl", rl):
             train_rl.train(run, rl)
     run.unlock()

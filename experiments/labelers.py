@@ -174,7 +174,7 @@ def mean_of(rows: list[dict], group: str, name: str) -> list[float]:
 
 def drop(rows: list[dict], group: str) -> list[float]:
     seen, unseen = mean_of(rows, group, "seen"), mean_of(rows, group, "unseen")
-    return [a - b for a, b in zip(seen, unseen)]
+    return output.less(seen, unseen)
 
 
 def draw(plt, rows):
@@ -207,10 +207,8 @@ def experiment(args):
         n, n_seeds = 4000, 4
     if args.tiny:
         cfg, n = lab.TINY_RM, 20
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.instructgpt("toy", seed, args.tiny, upto="rm")
-        rows += output.once("labelers", args, f"seed-{seed}", lambda: one_seed(run, cfg, n))
+    rows = output.each_seed("labelers", args, n_seeds, lambda seed: one_seed(
+        lab.instructgpt("toy", seed, args.tiny, upto="rm"), cfg, n))
     print(f"accuracy of reward models on labelers seen and unseen; {n} training prompts")
     output.table(rows)
     _, sentences = verdict(rows)

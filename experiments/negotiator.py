@@ -157,23 +157,9 @@ def refusal_verdict(rows: list[dict]) -> tuple[str, str]:
                      f"requests {others:+.3f}.")
 
 
-def mean_rows(rows: list[dict]) -> list[dict]:
-    """The mean over seeds of each policy."""
-    means = []
-    for policy in output.select(rows, seed=rows[0]["seed"]):
-        which = {name: policy[name] for name in ("group", "red_team_share")}
-        mine = output.select(rows, **which)
-        mean = dict(which)
-        for name in policy:
-            if name not in ("seed", "group", "red_team_share"):
-                mean[name] = mean_or_nan(output.column(mine, name))
-        means.append(mean)
-    return means
-
-
 def draw(plt, rows):
     plt.gcf().set_size_inches(8, 4)
-    policies = mean_rows(rows)
+    policies = output.means(rows, ("group", "red_team_share"))
     labels = [f"{row['group']}\n{row['red_team_share']:.0%}" for row in policies]
     for i, names in enumerate((("negotiator", "on first turns"), ("look-alikes", "others")), 1):
         plt.subplot(1, 2, i)
@@ -192,13 +178,10 @@ def experiment(args):
     if args.tiny:
         n, n_test = 90, 40
         cfg = RLConfig(iterations=1, batch=16, minibatch=8, eval_every=1000, eval_prompts=16)
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.base("toy", seed, args.tiny)
-        rows += output.once("negotiator", args, f"seed-{seed}",
-                            lambda: one_seed(run, cfg, n, n_test))
+    rows = output.each_seed("negotiator", args, n_seeds, lambda seed: one_seed(
+        lab.base("toy", seed, args.tiny), cfg, n, n_test))
     print(f"Shares of replies to held-out prompts; means over n = {n_seeds} seeds")
-    output.table(mean_rows(rows))
+    output.table(output.means(rows, ("group", "red_team_share")))
     output.finish("negotiator", args, rows, lambda plt: draw(plt, rows),
                   f"{verdict(rows)[1]}\n{refusal_verdict(rows)[1]}")
 

@@ -101,21 +101,6 @@ def one_seed(campaign, rounds: int, n_matches: int) -> list[dict]:
     return rows
 
 
-def over_seeds(rows: list[dict], names: tuple) -> list[dict]:
-    """The means of the seeds' rows that agree in `names`."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    means = []
-    for key, group in groups.items():
-        mean = dict(zip(names, key))
-        for name in group[0]:
-            if name not in (*names, "seed", "part", "scores"):
-                mean[name] = toy.mean_or_nan(output.column(group, name))
-        means.append(mean)
-    return means
-
-
 def last_elo(rows: list[dict], policy: str) -> list[float]:
     """The Elo of a run's last snapshot, one number for each seed."""
     mine = output.select(rows, part="snapshot", policy=policy)
@@ -125,7 +110,7 @@ def last_elo(rows: list[dict], policy: str) -> list[float]:
 
 def draw(plt, rows):
     plt.gcf().set_size_inches(10, 4)
-    means = over_seeds(output.select(rows, part="snapshot"), ("policy", "responses"))
+    means = output.means(output.select(rows, part="snapshot"), ("policy", "responses"))
     plt.subplot(121)
     for name, style in ((STATIC, "C0o-"), (SECOND, "C2s:"), (ONLINE, "C1o-")):
         mine = output.select(means, policy="initial") + output.select(means, policy=name)
@@ -145,7 +130,7 @@ def draw(plt, rows):
 
 def verdict(rows: list[dict]) -> tuple[str, str]:
     def above_static(policy: str) -> list[Claim]:
-        gains = [a - b for a, b in zip(last_elo(rows, policy), last_elo(rows, STATIC))]
+        gains = output.less(last_elo(rows, policy), last_elo(rows, STATIC))
         return [Claim("Elo of the last snapshot, less the static one's", gains, above=0.0)]
 
     return sentence("with as many comparisons, online is above static", above_static(ONLINE),
@@ -159,16 +144,13 @@ def experiment(args):
     if args.tiny:
         n, rounds, n_test, n_matches, n_seeds = 12, 1, 12, 40, 1
         cfg = RLConfig(iterations=2, batch=16, minibatch=8, eval_every=2, eval_prompts=16)
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.base("toy", seed, args.tiny)
-        rows += output.once("online", args, f"seed-{seed}", lambda: one_seed(
-            Campaign(run, cfg, n, n_test), rounds, n_matches))
+    rows = output.each_seed("online", args, n_seeds, lambda seed: one_seed(
+        Campaign(lab.base("toy", seed, args.tiny), cfg, n, n_test), rounds, n_matches))
     print(f"means of {n_seeds} seeds; {n * (2 + rounds)} comparisons for each PM. The snapshots:")
-    output.table(over_seeds(output.select(rows, part="snapshot"), ("policy", "responses")))
+    output.table(output.means(output.select(rows, part="snapshot"), ("policy", "responses")))
     print("accuracy of the last PMs on held-out comparisons of each origin; score by the online "
           "PM; true helpfulness:")
-    output.table(over_seeds(output.select(rows, part="PM"), ("pairs",)))
+    output.table(output.means(output.select(rows, part="PM"), ("pairs",)))
     _, words = verdict(rows)
     output.finish("online", args, output.select(rows, part="snapshot"),
                   lambda plt: draw(plt, rows), words)

@@ -1,7 +1,7 @@
 """What comes out of an experiment: tables, means over seeds, a CSV file, a picture and a finding.
 
 Read it in this order:
-  1. Tables     select rows, average over seeds, print
+  1. Tables     select rows, average over seeds, subtract seed by seed, print
   2. Scripts    the options of a script, and what it leaves behind
 
 Legend:  "row": a dict of numbers under their names, a line of a table and of the CSV file
@@ -47,6 +47,38 @@ def mean_se(values) -> tuple[float, float]:
     if n < 2:
         return mean, math.nan
     return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
+
+
+def means(rows: list[dict], keys: tuple, columns=None, errors: bool = False) -> list[dict]:
+    """A row for each combination of `keys`: the means of the columns over all rows that have it,
+    most often one a seed. errors: also their standard errors, under "+- " and the column's name.
+    columns: by default all that hold numbers."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    found = []
+    for values, group in groups.items():
+        mean = dict(zip(keys, values))
+        for name in columns or numbers_in(group[0], keys):
+            mean[name], error = mean_se(column(group, name))
+            if errors:
+                mean[f"+- {name}"] = error
+        found.append(mean)
+    return found
+
+
+def numbers_in(row: dict, keys: tuple) -> list[str]:
+    """The names of a row's numbers, without the seed and the keys."""
+    names = []
+    for name, value in row.items():
+        if isinstance(value, (int, float)) and name not in (*keys, "seed"):
+            names.append(name)
+    return names
+
+
+def less(values: list[float], others: list[float], share: float = 1.0) -> list[float]:
+    """Each value less `share` times the other of the same seed."""
+    return [value - share * other for value, other in zip(values, others)]
 
 
 def table(rows: list[dict]):
@@ -96,6 +128,14 @@ def once(name: str, args, part: str, measure) -> list[dict]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(rows).encode())
         print(f"    {part}: measured ({time.perf_counter() - args.start:.0f} s)", flush=True)
+    return rows
+
+
+def each_seed(name: str, args, n_seeds: int, measure) -> list[dict]:
+    """The rows that `measure(seed)` returns for n_seeds seeds, each measured once (see `once`)."""
+    rows = []
+    for seed in range(args.seed, args.seed + n_seeds):
+        rows += once(name, args, f"seed-{seed}", lambda: measure(seed))
     return rows
 
 

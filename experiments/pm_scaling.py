@@ -173,11 +173,8 @@ def experiment(args):
     amounts = [n // 32, n // 16, n // 8, n // 4, n // 2, n]
     if args.tiny:
         sizes, amounts, n_test, surplus = ["small", "toy"], [8, 12, 64], 60, 3
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        runs = lab.bases(sizes, seed, args.tiny)
-        rows += output.once("pm_scaling", args, f"seed-{seed}",
-                            lambda: one_seed(runs, amounts, n_test, surplus))
+    rows = output.each_seed("pm_scaling", args, n_seeds, lambda seed: one_seed(
+        lab.bases(sizes, seed, args.tiny), amounts, n_test, surplus))
     for trained_on, tested_on in CURVES:
         print(f"Trained on {trained_on}, tested on {tested_on}: accuracy by number of comparisons "
               f"(means of {n_seeds} seeds)")

@@ -68,8 +68,7 @@ def accuracies(rows: list[dict], name: str, n: int) -> list[float]:
 
 def gains(rows: list[dict], name: str, n: int) -> list[float]:
     """Accuracy with PMP less that without, for each seed."""
-    pairs = zip(accuracies(rows, name, n), accuracies(rows, NONE, n))
-    return [a - b for a, b in pairs]
+    return output.less(accuracies(rows, name, n), accuracies(rows, NONE, n))
 
 
 def gains_where_few(rows: list[dict], name: str) -> list[float]:
@@ -113,11 +112,8 @@ def experiment(args):
     n_draw = max(sizes) * 5 // 4  # some are dropped: identical or unfinished
     if args.tiny:
         sizes, n_forum, n_draw, n_test = [8], 16, 30, 60
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.base("toy", seed, args.tiny)
-        rows += output.once("pmp", args, f"seed-{seed}",
-                            lambda: one_seed(run, sizes, n_forum, n_draw, n_test))
+    rows = output.each_seed("pmp", args, n_seeds, lambda seed: one_seed(
+        lab.base("toy", seed, args.tiny), sizes, n_forum, n_draw, n_test))
     print(f"accuracy on held-out comparisons, means of {n_seeds} seeds")
     table = []
     for n in (0, *sizes):

@@ -183,10 +183,8 @@ def experiment(args):
         arms, n_seeds = ARMS, 4
     if args.tiny:
         n, iterations = 8, 2
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        rows += output.once("ptx", args, f"seed-{seed}",
-                            lambda: one_seed(seed, arms, n, iterations, args.tiny))
+    rows = output.each_seed("ptx", args, n_seeds,
+                            lambda seed: one_seed(seed, arms, n, iterations, args.tiny))
     print(f"accuracy and log-prob (nats a token) on {n} exercises of each skill; gain: of RM score")
     output.table(rows)
     _, words = verdict(rows)

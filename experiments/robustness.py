@@ -69,11 +69,6 @@ def optimize(run, pms: list, cfg: RLConfig, initial, prompts) -> tuple[list[dict
     return path, torch.stack(judged) - judged[0]
 
 
-def mean_and_se(values) -> tuple[float, float]:
-    """The mean of paired differences over prompts, and its standard error."""
-    return values.mean().item(), values.std().item() / len(values) ** 0.5
-
-
 def describe_points(path: list[dict], gains) -> list[dict]:
     rows = []
     for numbers, (train, test, truth) in zip(path, gains.mean(2).tolist()):
@@ -87,8 +82,8 @@ def describe_end(path: list[dict], gains) -> dict:
     truths = output.column(path, "truth")  # on the prompts that lab.ppo drew
     peak, last = truths.index(max(truths)), points[-1]
     # Paired: two judges of the same replies, or two policies' replies to the same prompts.
-    gap, gap_se = mean_and_se(gains[-1, 0] - gains[-1, 1])
-    fall, fall_se = mean_and_se(gains[peak, 2] - gains[-1, 2])
+    gap, gap_se = output.mean_se((gains[-1, 0] - gains[-1, 1]).tolist())
+    fall, fall_se = output.mean_se((gains[peak, 2] - gains[-1, 2]).tolist())
     distance, truth = output.column(points, "sqrt_kl"), output.column(points, "truth")
     alpha, beta, r2 = fit_gao(distance[1:], truth[1:], "rl")
     return {"last_sqrt_kl": last["sqrt_kl"], "train_pm": last["train_pm"],
@@ -170,7 +165,8 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     def smallest(name: str, control: bool) -> list[float]:
         numbers = []
         for seed in seeds:
-            numbers.append(min(output.column(output.select(ends, seed=seed, control=control), name)))
+            mine = output.select(ends, seed=seed, control=control)
+            numbers.append(min(output.column(mine, name)))
         return numbers
 
     outcome, apart = sentence(
@@ -199,11 +195,8 @@ def experiment(args):
         sizes, amounts, n_test, n_prompts = ["toy"], [60, 80], 20, 32
         cfg = dataclasses.replace(cfg, iterations=4, batch=32, minibatch=16, lr=5e-3, eval_every=2,
                                   eval_prompts=32)
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        runs = lab.bases(sizes, seed, args.tiny)
-        rows += output.once("robustness", args, f"seed-{seed}",
-                            lambda: one_seed(runs, amounts, cfg, n_test, n_prompts))
+    rows = output.each_seed("robustness", args, n_seeds, lambda seed: one_seed(
+        lab.bases(sizes, seed, args.tiny), amounts, cfg, n_test, n_prompts))
     print("gains from the first to the last iteration; where the truth peaks, how far it falls; "
           "OO's fit of the truth")
     output.table(output.select(rows, part="end"))

@@ -29,7 +29,6 @@ import demonstrations
 import toy
 import toy_labelers
 import train_sft
-from data import pad
 from model import token_logprobs_and_entropies
 from ppo import PPOConfig, pm_scores
 from rollout import rollout
@@ -46,13 +45,9 @@ def states(model, examples) -> list[tuple]:
     (n, D), (n,), (n,)."""
     found = []
     for first in range(0, len(examples), 64):
-        batch = examples[first:first + 64]
-        ids, lengths = pad([example.ids for example in batch])                    # (B, T), (B,)
-        starts = torch.tensor([example.start for example in batch])               # (B,)
-        position = torch.arange(1, ids.shape[1])                                  # (T - 1,)
-        is_reply = (position >= starts[:, None]) & (position < lengths[:, None])  # (B, T - 1)
-        hidden = model(ids[:, :-1], is_reply)                                     # (n, D)
-        found.append((hidden, ids[:, 1:][is_reply], first + is_reply.nonzero()[:, 0]))
+        batch, device = examples[first:first + 64], next(model.parameters()).device
+        hidden, targets, number = train_sft.reply_states(model, batch, device)
+        found.append((hidden, targets, first + number.cpu()))
     return found
 
 
@@ -64,7 +59,7 @@ def losses_and_entropy(model, found: list[tuple], n: int, temperature: float = 1
     entropy = 0.0
     for hidden, targets, number in found:
         logp, entropies = token_logprobs_and_entropies(model, hidden, targets, temperature)
-        loss.index_add_(0, number, -logp.double())
+        loss.index_add_(0, number, -logp.double().cpu())
         tokens += number.bincount(minlength=n)
         entropy += entropies.sum().item()
     return loss, tokens, entropy / tokens.sum().item()
@@ -144,10 +139,8 @@ def one_seed(run, n: int) -> list[dict]:
 
 def change(rows: list[dict], name: str, before: str = BEST, after: str = LAST) -> list[float]:
     """How far a number moves from one role to another, one value a seed."""
-    values = []
-    for start, end in zip(output.select(rows, role=before), output.select(rows, role=after)):
-        values.append(end[name] - start[name])
-    return values
+    start, end = (output.column(output.select(rows, role=role), name) for role in (before, after))
+    return output.less(end, start)
 
 
 def draw(plt, rows):
@@ -194,10 +187,8 @@ def experiment(args):
         n, n_seeds = 6000, 4
     if args.tiny:
         n, n_seeds = 16, 1
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.instructgpt("toy", seed, args.tiny, upto="rm")
-        rows += output.once("sft", args, f"seed-{seed}", lambda: one_seed(run, n))
+    rows = output.each_seed("sft", args, n_seeds, lambda seed: one_seed(
+        lab.instructgpt("toy", seed, args.tiny, upto="rm"), n))
     print(f"SFT by epoch, on {n} held-out demonstrations and one reply to each of their prompts")
     output.table(rows)
     _, sentences = verdict(rows)

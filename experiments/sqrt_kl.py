@@ -158,22 +158,12 @@ def experiment(args):
         sizes, n, n_prompts = ["toy"], 120, 8
         cfg = dataclasses.replace(cfg, iterations=4, batch=32, minibatch=16, lr=3e-3, eval_every=1,
                                   eval_prompts=32)
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        runs = lab.bases(sizes, seed, args.tiny)
-        rows += output.once("sqrt_kl", args, f"seed-{seed}",
-                            lambda: one_seed(runs, cfg, n, n_prompts))
+    rows = output.each_seed("sqrt_kl", args, n_seeds, lambda seed: one_seed(
+        lab.bases(sizes, seed, args.tiny), cfg, n, n_prompts))
     print(f"PM score = intercept + slope sqrt(KL) where sqrt(KL) <= {EARLY}, means of {n_seeds} "
           "seeds; bound: sqrt(2 V)")
-    table = []
-    for fit in output.select(rows, part="fit", seed=args.seed):
-        where = {key: fit[key] for key in ("size", "kl_coef", "by")}
-        mean = dict(where)
-        for name in ("slope", "bound", "R2", "R2_in_KL", "leaves_at", "last"):
-            mine = output.column(output.select(rows, part="fit", **where), name)
-            mean[name], _ = output.mean_se(mine)
-        table.append(mean)
-    output.table(table)
+    output.table(output.means(output.select(rows, part="fit"), ("size", "kl_coef", "by"),
+                              ("slope", "bound", "R2", "R2_in_KL", "leaves_at", "last")))
     _, words = verdict(rows)
     output.finish("sqrt_kl", args, rows, lambda plt: draw(plt, rows), words)
 

@@ -108,10 +108,10 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     for size in (SMALLEST, LARGEST):
         light, heavy = (output.column(output.select(rows, part="weight", size=size, weight=weight),
                                       "helpful") for weight in (1, HEAVY))
-        costs[size] = [a - b for a, b in zip(light, heavy)]
+        costs[size] = output.less(light, heavy)
     outcome, ends = sentence("one-sided PMs are below chance on the other side",
                              below_chance("mixture"), below_chance("control"))
-    more = [a - b for a, b in zip(costs[SMALLEST], costs[LARGEST])]
+    more = output.less(costs[SMALLEST], costs[LARGEST])
     _, weights = sentence(
         f"lambda = {HEAVY} costs a small PM more helpful accuracy (HH 0.074) than a large one (HH "
         "0.015)", [Claim("small less toy", more, above=0.0)])
@@ -126,21 +126,10 @@ def experiment(args):
         n_test, n_seeds = 3000, 4
     if args.tiny:
         n, n_test, surplus, shares, weights = 24, 60, 2, [0.0, 1.0], [1, HEAVY]
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        runs = lab.bases([SMALLEST, LARGEST], seed, args.tiny)
-        rows += output.once("tension", args, f"seed-{seed}",
-                            lambda: one_seed(runs, n, n_test, surplus, shares, weights))
+    rows = output.each_seed("tension", args, n_seeds, lambda seed: one_seed(
+        lab.bases([SMALLEST, LARGEST], seed, args.tiny), n, n_test, surplus, shares, weights))
     print(f"Held-out accuracy, {n} comparisons in training, means of {n_seeds} seeds")
-    table = []
-    for row in rows[:len(rows) // n_seeds]:  # the settings of one seed
-        where = {key: row[key] for key in ("size", "part", "helpful_share", "weight")}
-        means = {}
-        for name in COLUMNS:
-            means[name], means[f"+- {name[:7]}"] = output.mean_se(
-                output.column(output.select(rows, **where), name))
-        table.append(where | means)
-    output.table(table)
+    output.table(output.means(rows, ("size", "part", "helpful_share", "weight"), errors=True))
     _, sentences = verdict(rows)
     output.finish("tension", args, rows, lambda plt: draw(plt, rows, shares, weights), sentences)
 

@@ -105,7 +105,7 @@ def differences(rows: list[dict], player: str, header: str, share: float = 1.0) 
     """The player's share of toxic replies less `share` times the LM's, one number a seed."""
     mine = output.column(output.select(rows, player=player, header=header), "toxic")
     theirs = output.column(output.select(rows, player=LM, header=header), "toxic")
-    return [a - share * b for a, b in zip(mine, theirs)]
+    return output.less(mine, theirs, share)
 
 
 def draw(plt, rows):
@@ -140,10 +140,8 @@ def experiment(args):
         n, n_ranked, iterations, n_seeds = 1000, 4000, 50, 4
     if args.tiny:
         n, n_ranked, iterations, n_seeds = 12, 24, 2, 1
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        rows += output.once("toxicity", args, f"seed-{seed}",
-                            lambda: one_seed(seed, n, n_ranked, iterations, args.tiny))
+    rows = output.each_seed("toxicity", args, n_seeds,
+                            lambda seed: one_seed(seed, n, n_ranked, iterations, args.tiny))
     print(f"shares of toxic replies; errors over {n} prompts with each header")
     output.table(rows)
     _, sentences = verdict(rows)

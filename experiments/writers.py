@@ -137,10 +137,8 @@ def experiment(args):
         n, n_seeds = 1500, 4
     if args.tiny:
         n, n_seeds = 6, 1
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run = lab.trained(seed, args.tiny)
-        rows += output.once("writers", args, f"seed-{seed}", lambda: one_seed(run, n))
+    rows = output.each_seed("writers", args, n_seeds,
+                            lambda seed: one_seed(lab.trained(seed, args.tiny), n))
     print("how often crowdworkers prefer the policy to the writer, and would by the PM; errors over "
           f"{n} prompts of each kind")
     output.table(rows)

@@ -556,6 +556,15 @@ def test_means_errors_and_selected_rows_by_hand():
     assert math.isnan(output.mean_se([1.0])[1])  # so that no threshold in errors is passed
     rows = [{"a": 1, "b": 2}, {"a": 1}, {"a": 2, "b": 2}]
     assert output.select(rows, a=1, b=2) == rows[:1] and output.select(rows, b=2) == rows[::2]
+    rows = []
+    for seed, x, y in ((0, 1.0, 2.0), (1, 3.0, 7.0), (0, 5.0, 5.0)):
+        rows.append({"seed": seed, "name": "a", "n": 4 + (x == 5), "x": x, "text": "", "y": y})
+    assert output.means(rows, ("name", "n"))[0] == {"name": "a", "n": 4, "x": 2.0, "y": 4.5}
+    [_, last] = output.means(rows, ("name", "n"), ("y",), errors=True)
+    assert list(last) == ["name", "n", "y", "+- y"] and (last["n"], last["y"]) == (5, 5.0)
+    assert output.means(rows, ("name",), ("x",), errors=True)[0]["+- x"] == output.mean_se([1, 3, 5])[1]
+    assert output.less([5.0, 2.0], [2.0, 1.0], share=2.0) == [1.0, 0.0]
+    assert output.less([5.0], [2.0]) == [3.0]
 
 
 def test_where_a_path_crosses_and_where_it_leaves_its_line():
@@ -888,6 +897,11 @@ def test_a_stopped_script_measures_only_what_is_missing(tmp_path, monkeypatch, c
     assert len(calls) == 5
     output.once("name", args, "seed-0", measure)
     assert len(calls) == 6
+    args.seed = 5
+    found = output.each_seed("other", args, 2, lambda seed: [{"seed": seed}])
+    assert found == [{"seed": 5}, {"seed": 6}]
+    again = output.each_seed("other", args, 3, lambda seed: [{"seed": -seed}])
+    assert again == found + [{"seed": -7}]
 
 
 def some_pairs(run):
