@@ -29,6 +29,7 @@ import output
 import torch
 from decide import Claim, sentence
 from exercises import SHOTS, SKILLS, Exercise, exercises
+from picture import curve
 
 import toy
 import toy_corpus
@@ -115,18 +116,14 @@ def taxes(rows: list[dict], name: str, size: str, shots: str) -> list[float]:
 
 def draw(plt, rows):
     sizes = list(dict.fromkeys(output.column(rows, "size")))
-    for shots, color in (("zero", "C0"), ("few", "C1")):
-        for stage, style in ((LM, "o--"), (INITIAL, "s:"), (RLHF, "o-")):
-            points = []
-            for size in sizes:
-                mine = output.select(rows, size=size, stage=stage)
-                points.append(output.mean_se(output.column(mine, shots)))
-            means, errors = zip(*points)
-            plt.errorbar(sizes, means, errors, fmt=style, color=color, capsize=3,
-                         label=f"{stage}, {shots}-shot")
-    plt.xlabel("size")
-    plt.ylabel("accuracy, mean of three skills")
-    plt.legend(fontsize=7)
+    for i, shots in enumerate(("zero", "few"), 1):
+        plt.subplot(1, 2, i)
+        for stage in STAGES:
+            mine = output.select(rows, stage=stage)
+            curve(plt, sizes, output.samples(mine, shots, "size", sizes), stage)
+        plt.xlabel("size")
+        plt.ylabel(f"{shots}-shot accuracy, mean of three skills")
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -30,6 +30,7 @@ from decide import Claim, sentence
 
 from evaluate import Prompts
 from measures import best_of_n, best_of_n_kl, fit_gao
+from picture import curve, paths
 from train_rl import RLConfig
 
 STEPS = (1, 4, 16, 64)
@@ -86,18 +87,21 @@ def best_n(rows: list[dict]) -> float:
 
 
 def draw(plt, rows):
-    for by, color in ((PM, "C0"), (UNTRAINED, "C2"), (PPO, "C1")):
-        for seed in dict.fromkeys(output.column(rows, "seed")):
-            mine = output.select(rows, by=by, seed=seed)
-            distance = [math.sqrt(max(row["kl"], 0.0)) for row in mine]
-            for name, style in (("truth", "-"), ("score", "--")):
-                if by != UNTRAINED or name == "truth":
-                    label = f"{'' if by == PPO else 'best of n by '}{by}, {name}"
-                    plt.plot(distance, output.column(mine, name), style, color=color, lw=0.8,
-                             label=label if seed == rows[0]["seed"] else None)
-    plt.xlabel("sqrt(KL)")
-    plt.ylabel("gain over the initial policy")
-    plt.legend(fontsize=7)
+    for i, (name, title) in enumerate((("score", "PM score"), ("truth", "true utility")), 1):
+        plt.subplot(1, 2, i)
+        for by in (PM, UNTRAINED):
+            mine = output.select(rows, by=by)
+            distance = {row["n"]: math.sqrt(row["kl"]) for row in mine}
+            if by == PM or name == "truth":
+                gains = output.samples(mine, name, "n", distance)
+                curve(plt, list(distance.values()), gains, f"best of n by {by}")
+        ppo = []
+        for row in output.select(rows, by=PPO):
+            ppo.append(row | {"sqrt(KL)": math.sqrt(max(row["kl"], 0.0))})
+        paths(plt, ppo, "sqrt(KL)", name, PPO)
+        plt.xlabel("sqrt(KL)")
+        plt.ylabel(f"gain in {title} over one reply of the initial policy")
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -35,6 +35,7 @@ import torch
 from decide import Claim, sentence
 
 from measures import calibration_curve, expected_calibration_error, log_loss, threshold_curve
+from picture import curve, paths
 from train_pm import PMConfig
 
 WELL = 0.03       # the ECE up to which a PM counts as very well calibrated
@@ -126,28 +127,19 @@ def fall(rows: list[dict], pm: str, name: str) -> list[float]:
 
 
 def draw(plt, rows):
-    plt.gcf().set_size_inches(8, 4)
     plt.subplot(1, 2, 1)
-    plt.plot([0.5, 1], [0.5, 1], color="gray", lw=0.8)
-    for name, style in ((HELPFUL, "C0.-"), (MIXED, "C1.--")):
-        for seed in dict.fromkeys(output.column(rows, "seed")):
-            mine = output.select(rows, part="curve", PM=name, seed=seed)
-            plt.plot(output.column(mine, "predicted"), output.column(mine, "right"), style, lw=0.8,
-                     label=name if seed == rows[0]["seed"] else None)
+    for name in (HELPFUL, MIXED):
+        paths(plt, output.select(rows, part="curve", PM=name), "predicted", "right", name)
+    plt.plot([0.5, 1], [0.5, 1], color="gray", ls=":", lw=0.8, marker="")
     plt.xlabel("the PM's confidence")
     plt.ylabel("how often it is right")
     plt.legend()
     plt.subplot(1, 2, 2)
-    for name, color in (("bayes", "gray"), ("accuracy", "C0")):
-        means, errors = [], []
-        for quantile in QUANTILES:
-            mine = output.select(rows, part="threshold", PM=HELPFUL, quantile=quantile)
-            mean, error = output.mean_se(output.column(mine, name))
-            means.append(mean)
-            errors.append(error)
-        plt.errorbar(QUANTILES, means, errors, fmt=".-", color=color, label=name)
+    mine = output.select(rows, part="threshold", PM=HELPFUL)
+    for name, label in (("accuracy", "helpful-only PM"), ("bayes", "ceiling")):
+        curve(plt, QUANTILES, output.samples(mine, name, "quantile", QUANTILES), label)
     plt.xlabel("both scores above this quantile")
-    plt.ylabel("of the helpful-only PM")
+    plt.ylabel("accuracy")
     plt.legend()
 
 

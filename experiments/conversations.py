@@ -27,6 +27,7 @@ import decide
 import output
 import torch
 from decide import Claim
+from picture import curve
 
 import toy
 from collect import MAX_TURNS, Exchange
@@ -208,28 +209,22 @@ def accuracy_verdict(rows: list[dict]) -> tuple[str, str]:
 
 def draw(plt, rows, pm_rows):
     turns = sorted(set(output.column(pm_rows, "turn")))
-    plt.gcf().set_size_inches(10, 4)
     for i, kind in enumerate(lab.KINDS, 1):
         plt.subplot(1, 3, i)
-        for group, style in (("picked", "-"), ("random", "--")):
-            curve = []
-            for turn in turns:
-                mine = output.select(rows, kind=kind, group=group)
-                curve.append(mean_or_nan(output.column(mine, f"turn {turn}")))
-            plt.plot(turns, curve, style, marker=".", label=f"after the {group} reply")
-        plt.title("helpful" if kind == "helpful" else "red-teaming", fontsize=9)
+        for group in ("picked", "random"):
+            mine = output.select(rows, kind=kind, group=group)
+            utilities = [output.column(mine, f"turn {turn}") for turn in turns]
+            curve(plt, turns, utilities, f"after the {group} reply")
+        plt.title("helpful" if kind == "helpful" else "red-teaming")
         plt.xlabel("turn")
         plt.ylabel("true utility of the replies")
-        plt.legend(fontsize=7)
-    plt.subplot(133)
-    for name, style in (("ceiling", ":"), ("accuracy", "-"), ("accuracy, alone", "--")):
-        curve = []
-        for turn in turns:
-            curve.append(mean_or_nan(output.column(output.select(pm_rows, turn=turn), name)))
-        plt.plot(turns, curve, style, marker=".", label=name)
+        plt.legend()
+    plt.subplot(1, 3, 3)
+    for name in ("ceiling", "accuracy", "accuracy, alone"):
+        curve(plt, turns, output.samples(pm_rows, name, "turn", turns), name)
     plt.xlabel("turn")
     plt.ylabel("held-out accuracy of the PM")
-    plt.legend(fontsize=7)
+    plt.legend()
 
 
 def experiment(args):

@@ -44,6 +44,7 @@ import toy_corpus
 from collect import match
 from data import read_comparisons
 from measures import line_fit
+from picture import curve, groups
 from ratings import ELO, elo_error, fit_elo
 from train_pm import PMConfig
 from train_rl import RLConfig
@@ -170,30 +171,32 @@ def single_replies(run, kind: str, n: int, pm, players: dict) -> list[dict]:
 
 
 def draw(plt, rows):
-    plt.gcf().set_size_inches(10, 4)
-    plt.subplot(121)
+    plt.subplot(1, 2, 1)
     talks = output.select(rows, part="conversations")
-    names = list(dict.fromkeys(output.column(talks, "player")))
-    for kind, style in (("helpful", "o-"), ("harmless", "s--")):
-        for seed in dict.fromkeys(output.column(talks, "seed")):
-            mine = output.select(talks, kind=kind, seed=seed)
-            plt.errorbar(range(len(names)), output.column(mine, "crowd"),
-                         output.column(mine, "error"), fmt=style, capsize=3,
-                         color="C0" if kind == "helpful" else "C3")
-    plt.xticks(range(len(names)), names, fontsize=7)
-    plt.ylabel("Elo in conversations (squares: red-teaming)")
-    plt.subplot(122)
-    for kind, style in (("helpful", "o"), ("harmless", "s")):
-        mine = output.select(rows, part="single replies", kind=kind)
-        x = [row["mean_pm"] / ELO for row in mine]
-        plt.errorbar(x, output.column(mine, "crowd"), output.column(mine, "error"), fmt=style,
-                     capsize=3, label=kind)
-        for row in output.select(mine, seed=rows[0]["seed"]):
-            plt.annotate(row["player"], (row["mean_pm"] / ELO, row["crowd"]), fontsize=6,
-                         xytext=(4, -3), textcoords="offset points")
-    mean_pm = output.column(output.select(rows, part="single replies"), "mean_pm")
-    ends = [min(mean_pm), max(mean_pm)]
-    plt.plot([end / ELO for end in ends], ends, "k:", label="Eq. 2.1: 174 a logit")
+    players = list(dict.fromkeys(output.column(talks, "player")))
+    found = {}
+    for kind, label in (("helpful", "helpful"), ("harmless", "red-teaming")):
+        mine = output.select(talks, kind=kind)
+        found[label] = output.samples(mine, "crowd", "player", players)
+    groups(plt, players, found)
+    plt.xticks(rotation=15)
+    plt.ylabel("Elo in conversations")
+    plt.legend()
+    plt.subplot(1, 2, 2)
+    single = output.select(rows, part="single replies")
+    players = list(dict.fromkeys(output.column(single, "player")))
+    for kind, label in (("helpful", "helpful"), ("harmless", "red-teaming")):
+        mine, x = output.select(single, kind=kind), []
+        for values in output.samples(mine, "mean_pm", "player", players):
+            x.append(toy.mean_or_nan(values) / ELO)
+        elos = output.samples(mine, "crowd", "player", players)
+        curve(plt, x, elos, label, linestyle="")
+        for player, place, values in zip(players, x, elos):
+            plt.annotate(player, (place, toy.mean_or_nan(values)), fontsize=6, xytext=(4, -3),
+                         textcoords="offset points")
+    ends = [min(output.column(single, "mean_pm")), max(output.column(single, "mean_pm"))]
+    plt.plot([end / ELO for end in ends], ends, color="gray", ls=":", marker="",
+             label="Eq. 2.1: 174 a logit")
     plt.xlabel("mean PM score, less the initial policy's (logits)")
     plt.ylabel("Elo by crowdworkers, single replies")
     plt.legend()

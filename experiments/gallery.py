@@ -3,9 +3,12 @@
     python experiments/gallery.py                # a line for each script
     python experiments/gallery.py --run          # run the scripts that are not up to date: hours
     python experiments/gallery.py --run --full   # ... with enough seeds to decide
+    python experiments/gallery.py --redraw       # draw anew what the last runs measured: seconds
 
 Each script leaves a hash of its own code and its sentences in pictures/made.json. Changes of the
 models behind it (lab.py, the main job) are not noticed: delete out/experiments and run all.
+--redraw is for changes that leave the measurements alone; afterwards the script counts as up to
+date.
 """
 import argparse
 import json
@@ -18,7 +21,7 @@ import output
 FOLDER = output.PICTURES.parent
 # Other files of this folder hold what the scripts share.
 SHARED = ("lab", "output", "measures", "exercises", "campaign", "decide", "skills", "steps",
-          "gallery", "rollout_speed")
+          "gallery", "picture", "rollout_speed")
 
 
 def scripts() -> list[str]:
@@ -45,6 +48,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", action="store_true", help="run the scripts that need it")
     parser.add_argument("--full", action="store_true", help="the same option of the scripts")
+    parser.add_argument("--redraw", action="store_true", help="draw anew from the CSV files")
     args = parser.parse_args()
     path, readme = output.PICTURES / output.MADE, (FOLDER / "README.md").read_text()
     for name in scripts():
@@ -54,6 +58,10 @@ def main():
         if how and made[name]["full"]:
             how += ", --full"
         print(f"{name:15} {how:15} {wrong or 'up to date'}", flush=True)
+        if args.redraw and name in made and (output.OUT / f"{name}.csv").exists():
+            options = ["--redraw", "--seed", str(made[name]["first seed"])]
+            options += ["--full"] if made[name]["full"] else []
+            subprocess.run([sys.executable, FOLDER / f"{name}.py", *options])
         is_short = args.full and name in made and not made[name]["full"]
         if args.run and (is_short or wrong and "quoted" not in wrong):
             options = ["--full"] if args.full else []

@@ -23,11 +23,13 @@ gap between the two says how far the RM overfits.
    difference of the gaps is then below 0.01.
 """
 import dataclasses
+import math
 
 import lab
 import output
 import torch
 from decide import Claim, sentence
+from picture import groups
 
 import rankings
 
@@ -106,20 +108,15 @@ def excess(rows: list[dict], data: str, name: str) -> list[float]:
 
 
 def draw(plt, rows):
-    for i, data in enumerate((MANY, FEW, ONE_PAIR)):
-        for way, name, marker in ((GROUPED, "held-out loss", "o"), (SHUFFLED, "held-out loss", "s"),
-                                  (GROUPED, "trained loss", "o"), (SHUFFLED, "trained loss", "s")):
-            mine = output.select(rows, data=data, way=way)
-            is_open = name == "trained loss"
-            place = i + (0.15 if way == SHUFFLED else 0.0)
-            plt.plot([place] * len(mine), output.column(mine, name), marker,
-                     color="C0" if way == GROUPED else "C1", alpha=0.7,
-                     markerfacecolor="none" if is_open else None,
-                     label=f"{way}, {name}" if i == 0 else None)
-    plt.axhline(0.693, color="k", ls=":", lw=0.8)
-    plt.xticks(range(3), [MANY, FEW, ONE_PAIR.replace(", ", ",\n")], fontsize=8)
+    found = {}
+    for name in ("held-out loss", "trained loss"):
+        for way in (GROUPED, SHUFFLED):
+            mine = output.means(output.select(rows, way=way), ("seed", "data"), (name,))
+            found[f"{way}, {name}"] = output.samples(mine, name, "data", (MANY, FEW, ONE_PAIR))
+    groups(plt, [MANY, FEW, ONE_PAIR], found)
+    plt.axhline(math.log(2), color="gray", ls=":", lw=0.8)
     plt.ylabel("loss of a pair (nats; dotted: a coin)")
-    plt.legend(fontsize=7)
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -34,6 +34,7 @@ import lab
 import output
 import steps
 from decide import Claim, sentence
+from picture import groups
 from steps import LM, SFT
 
 import toy
@@ -195,17 +196,15 @@ def less(rows: list[dict], kind: str, name: str, player: str, share: float) -> l
 
 
 def draw_picture(plt, rows):
-    columns = ((OPEN, "right"), (OPEN, "made up"), (CLOSED, "made up"))
-    for i, player in enumerate((LM, SFT, PPO, CONTROL)):
-        shares = []
-        for kind, name in columns:
-            mine = output.select(rows, questions=kind, player=player)
-            shares.append(output.mean_se(output.column(mine, name))[0])
-        plt.plot(range(3), shares, "o", color=f"C{i}", label=player)
-    plt.xticks(range(3), [f"{kind}: {name}" for kind, name in columns])
+    columns, found = ((OPEN, "right"), (OPEN, "made up"), (CLOSED, "made up")), {}
+    for player in (LM, SFT, PPO, CONTROL):
+        mine = output.select(rows, player=player)
+        found[player] = [output.column(output.select(mine, questions=kind), name)
+                         for kind, name in columns]
+    groups(plt, [f"{kind} questions: {name}" for kind, name in columns], found)
     plt.ylim(0, 1)
-    plt.ylabel("share of replies (mean over seeds)")
-    plt.legend(fontsize=7)
+    plt.ylabel("share of replies")
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -28,6 +28,7 @@ import dataclasses
 import lab
 import output
 from decide import Claim, sentence
+from picture import groups
 
 import rankings
 import toy
@@ -127,16 +128,14 @@ def of(rows: list[dict], player: str, over: str) -> list[float]:
 
 def draw(plt, rows):
     pairs = [*STEPS, (CONTROL, SFT), (SMALL, PROMPTED), (PTX, LM), (PTX, PROMPTED)]
-    for i, (player, over) in enumerate(pairs):
-        rates = of(rows, player, over)
-        plt.plot([i] * len(rates), rates, "o", color="C0", alpha=0.6)
-    plt.plot([5, 6], [0.85, 0.71], "k_", markersize=20, label="IG, 175B")
-    plt.axhline(0.5, color="k", lw=0.8)
-    labels = [f"{player}\nover {over}" for player, over in pairs]
-    plt.xticks(range(len(pairs)), labels, fontsize=6, rotation=30)
+    names = [f"{player}\nover {over}" for player, over in pairs]
+    groups(plt, names, {"here": [of(rows, player, over) for player, over in pairs]})
+    plt.plot([5, 6], [0.85, 0.71], "_", color="gray", markersize=20, label="IG, 175B")
+    plt.axhline(0.5, color="gray", lw=0.8)
+    plt.xticks(rotation=15)
     plt.ylim(0, 1)
-    plt.ylabel("win rate (a point for each seed)")
-    plt.legend(fontsize=7)
+    plt.ylabel("win rate")
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

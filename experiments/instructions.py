@@ -29,6 +29,7 @@ import lab
 import output
 import steps
 from decide import Claim, sentence
+from picture import groups
 from steps import LM, SFT
 
 import toy
@@ -187,14 +188,13 @@ def of(rows: list[dict], part: str, player: str, name: str = "followed") -> list
 
 
 def draw(plt, rows):
-    parts = (TAUGHT, SUBJECT, WORDS, TWO)
-    for i, player in enumerate((LM, SFT, PPO, CONTROL)):
-        shares = [output.mean_se(of(rows, part, player))[0] for part in parts]
-        plt.plot(range(len(parts)), shares, "o", color=f"C{i}", label=player)
-    plt.xticks(range(len(parts)), parts)
+    parts, found = (TAUGHT, SUBJECT, WORDS, TWO), {}
+    for player in (LM, SFT, PPO, CONTROL):
+        found[player] = [of(rows, part, player) for part in parts]
+    groups(plt, parts, found)
     plt.ylim(0, 1)
-    plt.ylabel("constraints followed (mean over seeds)")
-    plt.legend(fontsize=7)
+    plt.ylabel("share of constraints followed")
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from itertools import combinations
 import lab
 import output
 from decide import Claim, sentence
+from picture import groups
 
 import rankings
 import toy
@@ -178,15 +179,22 @@ def drop(rows: list[dict], group: str) -> list[float]:
 
 
 def draw(plt, rows):
-    for group, color in ((DIFFERENT, "C0"), (ALIKE, "C1")):
+    for i, group in enumerate((DIFFERENT, ALIKE)):
+        plt.subplot(1, 2, i + 1)
         mine = output.select(rows, labelers=group)
-        plt.plot(output.column(mine, "seen"), output.column(mine, "unseen"), "o", color=color,
-                 alpha=0.7, label=group)
-    plt.plot([0.6, 0.85], [0.6, 0.85], "k", lw=0.8)
-    plt.plot([0.724], [0.696], "k*", markersize=12, label="IG")
-    plt.xlabel("accuracy on the four labelers seen")
-    plt.ylabel("accuracy on the one left out")
-    plt.legend(fontsize=8)
+        kinds = list(dict.fromkeys(output.column(mine, "left out")))
+        found = {}
+        for name in ("seen", "unseen"):
+            found[f"labelers {name}"] = output.samples(mine, name, "left out", kinds)
+        groups(plt, kinds, found)
+        if group == DIFFERENT:
+            plt.axhline(0.724, color="gray", lw=0.8, label="IG, seen")
+            plt.axhline(0.696, color="gray", lw=0.8, ls=":", label="IG, unseen")
+        plt.title(group)
+        plt.xlabel("labeler left out")
+        plt.ylabel("accuracy")
+        plt.ylim(0.65, 0.8)
+        plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

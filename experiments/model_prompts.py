@@ -20,6 +20,7 @@ written and mixed prompts gain within 10% of the crowd's, the control less than 
 import lab
 import output
 from decide import Claim, sentence
+from picture import groups
 
 import toy_corpus
 from evaluate import Prompts, evaluate
@@ -74,12 +75,11 @@ def one_arm(arm: str, run, cfg: RLConfig, written: dict) -> list[dict]:
 
 
 def draw(plt, rows):
-    for arm in (CROWD, WRITTEN, MIXED, CONTROL):
-        mine = output.select(rows, prompts=arm)
-        plt.plot(output.column(mine, "seed"), output.column(mine, "gain"), "o", label=arm)
-    plt.xlabel("seed (language model)")
+    arms = (CROWD, WRITTEN, MIXED, CONTROL)
+    groups(plt, arms, {"": output.samples(rows, "gain", "prompts", arms)})
+    plt.ylim(bottom=min(0, *output.column(rows, "gain")))
+    plt.xlabel("prompts for RL")
     plt.ylabel("true utility gained by RL (nats)")
-    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:
@@ -100,14 +100,16 @@ def experiment(args):
     cfg, n_written, n_seeds = RLConfig(eval_every=1000), N_WRITTEN, 4 if args.full else 1
     if args.tiny:
         cfg, n_written, n_seeds = lab.TINY_RL, 20, 1
-    rows = []
-    for seed in range(args.seed, args.seed + n_seeds):
-        run, written = lab.trained(seed, args.tiny), {}
+
+    def measure(seed: int) -> list[dict]:
+        run, written, rows = lab.trained(seed, args.tiny), {}, []
         for kind in lab.KINDS:
             written[kind] = written_prompts(run, kind, n_written, args.tiny)
         for arm in (CROWD, WRITTEN, MIXED, CONTROL):
-            rows += output.once("model_prompts", args, f"{arm.replace(' ', '-')}-{seed}",
-                                lambda: one_arm(arm, run, cfg, written))
+            rows += one_arm(arm, run, cfg, written)
+        return rows
+
+    rows = output.each_seed("model_prompts", args, n_seeds, measure)
     print(f"held-out crowd prompts, after RL with {cfg.iterations * cfg.batch:,} responses; gain: "
           "true utility over the initial policy's")
     output.table(rows)

@@ -27,6 +27,7 @@ import lab
 import decide
 import output
 from decide import Claim
+from picture import groups
 
 import toy
 from data import Comparison
@@ -158,16 +159,19 @@ def refusal_verdict(rows: list[dict]) -> tuple[str, str]:
 
 
 def draw(plt, rows):
-    plt.gcf().set_size_inches(8, 4)
-    policies = output.means(rows, ("group", "red_team_share"))
-    labels = [f"{row['group']}\n{row['red_team_share']:.0%}" for row in policies]
+    policies = list(dict.fromkeys(zip(output.column(rows, "group"),
+                                      output.column(rows, "red_team_share"))))
+    labels = [f"{group}\n{share:.0%}" for group, share in policies]
     for i, names in enumerate((("negotiator", "on first turns"), ("look-alikes", "others")), 1):
         plt.subplot(1, 2, i)
-        for name, marker in zip(names, "os"):
-            plt.plot(labels, output.column(policies, name), marker, label=name)
-        plt.title("negotiators" if i == 1 else "refused benign requests", fontsize=9)
-        plt.ylim(bottom=0)
-        plt.legend(fontsize=7)
+        found = {name: [] for name in names}
+        for group, share in policies:
+            mine = output.select(rows, group=group, red_team_share=share)
+            for name in names:
+                found[name].append(output.column(mine, name))
+        groups(plt, labels, found)
+        plt.ylabel("share of negotiators" if i == 1 else "share of benign requests refused")
+        plt.legend()
 
 
 def experiment(args):

@@ -27,6 +27,7 @@ import output
 import torch
 from campaign import Campaign, logp_accuracy
 from decide import Claim, sentence
+from picture import curve
 
 import toy
 import toy_corpus
@@ -109,22 +110,22 @@ def last_elo(rows: list[dict], policy: str) -> list[float]:
 
 
 def draw(plt, rows):
-    plt.gcf().set_size_inches(10, 4)
-    means = output.means(output.select(rows, part="snapshot"), ("policy", "responses"))
-    plt.subplot(121)
-    for name, style in ((STATIC, "C0o-"), (SECOND, "C2s:"), (ONLINE, "C1o-")):
-        mine = output.select(means, policy="initial") + output.select(means, policy=name)
-        x = output.column(mine, "responses")
-        plt.plot(x, output.column(mine, "elo"), style, label=name)
+    plt.subplot(1, 2, 1)
+    snapshots = output.select(rows, part="snapshot")
+    for name in (STATIC, SECOND, ONLINE):
+        mine = output.select(snapshots, policy="initial") + output.select(snapshots, policy=name)
+        x = list(dict.fromkeys(output.column(mine, "responses")))
+        curve(plt, x, output.samples(mine, "elo", "responses", x), name)
         if name != SECOND:
-            plt.plot(x, output.column(mine, "pm_elo"), f"{style[:2]}--", label=f"{name}, by its PM")
+            curve(plt, x, output.samples(mine, "pm_elo", "responses", x), f"{name}, by its PM")
     plt.xlabel("responses in RL")
-    plt.ylabel("Elo, mean of the seeds")
+    plt.ylabel("Elo")
     plt.legend()
-    plt.subplot(122)
-    for row in output.select(rows, part="PM", seed=rows[0]["seed"]):
-        plt.hist(row["scores"], 30, density=True, histtype="step", label=row["pairs"])
-    plt.xlabel("score by the online PM")
+    plt.subplot(1, 2, 2)
+    for row, style in zip(output.select(rows, part="PM", seed=rows[0]["seed"]), ("-", "--", ":")):
+        plt.hist(row["scores"], 30, density=True, histtype="step", ls=style, label=row["pairs"])
+    plt.xlabel("score by the online PM (first seed)")
+    plt.ylabel("density of chosen replies")
     plt.legend()
 
 
@@ -152,8 +153,7 @@ def experiment(args):
           "PM; true helpfulness:")
     output.table(output.means(output.select(rows, part="PM"), ("pairs",)))
     _, words = verdict(rows)
-    output.finish("online", args, output.select(rows, part="snapshot"),
-                  lambda plt: draw(plt, rows), words)
+    output.finish("online", args, rows, lambda plt: draw(plt, rows), words)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import toy
 import toy_corpus
 from decide import Claim, sentence
 from measures import auroc, outlier_exposure
+from picture import curve
 from model import GPT
 from outlier_score import features, fit_gaussian, mahalanobis
 
@@ -111,6 +112,11 @@ def by_split(rows: list[dict], name: str) -> list[float]:
     return [toy.mean_or_nan(of_split) for of_split in values.values()]
 
 
+def by_seed(rows: list[dict], name: str) -> list[float]:
+    """A column's mean over the splits and draws of each seed."""
+    return output.column(output.means(rows, ("seed",), (name,)), name)
+
+
 def summarize(rows: list[dict]) -> list[dict]:
     """One row for each detector."""
     detectors = {}
@@ -133,20 +139,19 @@ def best(table: list[dict], size: str, m: int) -> dict:
     return max(output.select(table, size=size, M=m), key=lambda row: row["AUROC"])
 
 
-def draw_curves(plt, table, sizes):
-    plt.gcf().set_size_inches(8, 4)
-    for i, name, error in ((1, "AUROC", "+-"), (2, "look-alikes", "+- ")):
+def draw(plt, rows):
+    sizes = [size for size in dict.fromkeys(output.column(rows, "size")) if size != UNTRAINED]
+    for i, name in enumerate(("auroc", "against_look_alikes"), 1):
         plt.subplot(1, 2, i)
-        for size, color in zip(sizes, ("C0", "C1", "C2")):
-            curve = output.select(table, size=size, token="last", method="exposure")
-            m, y, errors = (output.column(curve, key) for key in ("M", name, error))
-            plt.errorbar(m, y, errors, fmt=".-", color=color, label=size)
-            plt.axhline(best(table, size, 0)[name], color=color, ls=":", lw=0.8)
+        for size in sizes:
+            mine = output.select(rows, size=size, token="last", method="exposure")
+            numbers = sorted(set(output.column(mine, "M")))
+            curve(plt, numbers, [by_seed(output.select(mine, M=m), name) for m in numbers], size)
         plt.xscale("log")
-        plt.xlabel("harmful examples (dotted: none)")
+        plt.xlabel("harmful examples")
+        plt.ylabel("AUROC " + ("against all helpful prompts" if i == 1 else "against look-alikes"))
         plt.ylim(0.6, 1.01)
         plt.legend()
-        plt.title("against look-alikes" if i == 2 else "against all helpful prompts", fontsize=9)
 
 
 def of_seed(rows: list[dict], size: str) -> dict:
@@ -185,23 +190,21 @@ def experiment(args):
     if args.tiny:
         sizes, examples, n, splits, draws, n_seeds = [], (SHOWN,), 100, 2, 2, 1
 
-    def measure(size: str, seed: int) -> list[dict]:
-        run = lab.base("toy" if size == UNTRAINED else size, seed, args.tiny)
-        policy, rows = untrained(run) if size == UNTRAINED else lab.load(run), []
-        for split in range(splits):
-            for row in measure_split(run, policy, n, split, draws, examples):
-                rows.append({"seed": seed, "size": size} | row)
+    def measure(seed: int) -> list[dict]:
+        rows = []
+        for size in ["toy", UNTRAINED] + (sizes if seed == args.seed else []):
+            run = lab.base("toy" if size == UNTRAINED else size, seed, args.tiny)
+            policy = untrained(run) if size == UNTRAINED else lab.load(run)
+            for split in range(splits):
+                for row in measure_split(run, policy, n, split, draws, examples):
+                    rows.append({"seed": seed, "size": size} | row)
         return rows
 
-    rows, trained, control = [], [], []
-    for seed in range(args.seed, args.seed + n_seeds):
-        for size in ["toy", UNTRAINED] + (sizes if seed == args.seed else []):
-            mine = output.once("outliers", args, f"{size}-{seed}", lambda: measure(size, seed))
-            rows += mine
-            if size == "toy":
-                trained.append(of_seed(mine, size))
-            if size == UNTRAINED:
-                control.append(of_seed(mine, size))
+    rows, trained, control = output.each_seed("outliers", args, n_seeds, measure), [], []
+    for seed in dict.fromkeys(output.column(rows, "seed")):
+        mine = output.select(rows, seed=seed)
+        trained.append(of_seed(mine, "toy"))
+        control.append(of_seed(mine, UNTRAINED))
     table = summarize(rows)
     print("AUROC of red-team prompts against helpful ones, and against look-alikes alone; red-team "
           "prompts rejected by a gate, benign ones lost, look-alikes lost; errors over "
@@ -214,8 +217,7 @@ def experiment(args):
         print(f"    after block {layer + 1} the relative distance beats the plain one in {wins} of "
               f"{len(plain)} cases, the untrained model included (HH, Fig. 39: always)")
     _, sentences = verdict(trained, control)
-    output.finish("outliers", args, rows, lambda plt: draw_curves(plt, table, sizes + ["toy"]),
-                  sentences)
+    output.finish("outliers", args, rows, lambda plt: draw(plt, rows), sentences)
 
 
 if __name__ == "__main__":

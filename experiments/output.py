@@ -7,6 +7,7 @@ Read it in this order:
 Legend:  "row": a dict of numbers under their names, a line of a table and of the CSV file
 """
 import argparse
+import ast
 import csv
 import json
 import math
@@ -17,10 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
-from run import errors_in_one_sentence, file_hash, write_atomically
+from run import UserError, errors_in_one_sentence, file_hash, write_atomically
 
 OUT, PICTURES = Path("out/experiments"), Path(__file__).parent / "pictures"
 MADE = "made.json"  # beside the pictures: {script: what `finish` found, and with which code}
+# Of the lines of a panel, by turns. The colors can be told apart by the color-blind.
+COLORS = ("black", "#0072b2", "#d55e00", "#e69f00", "#009e73", "#888888")
+MARKERS, DASHES = tuple("os^DvP"), ("-", "--", ":", "-.", (0, (6, 1)), (0, (1, 2)))
 
 # ---- 1. Tables ---------------------------------------------------------------
 
@@ -35,6 +39,11 @@ def select(rows: list[dict], **where) -> list[dict]:
 
 def column(rows: list[dict], name: str) -> list:
     return [row[name] for row in rows]
+
+
+def samples(rows: list[dict], name: str, key: str, values) -> list[list]:
+    """A column of the rows of each value of `key`: most often one number a seed."""
+    return [column(select(rows, **{key: value}), name) for value in values]
 
 
 def mean_se(values) -> tuple[float, float]:
@@ -98,13 +107,16 @@ def table(rows: list[dict]):
 
 
 def arguments(description: str, **more) -> argparse.Namespace:
-    """--seed, --full, --tiny, and a script's own options (name=default)."""
+    """--seed, --full, --tiny, --redraw, and a script's own options (name=default)."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--full", action="store_true", help="more seeds, sizes and data")
     parser.add_argument("--tiny", action="store_true",
                         help="a smoke test in seconds; its numbers mean nothing")
+    parser.add_argument("--redraw", action="store_true",
+                        help="decide and draw anew from the last run's CSV file; give the same "
+                             "--seed and --full as in that run")
     for name, default in more.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
@@ -132,7 +144,10 @@ def once(name: str, args, part: str, measure) -> list[dict]:
 
 
 def each_seed(name: str, args, n_seeds: int, measure) -> list[dict]:
-    """The rows that `measure(seed)` returns for n_seeds seeds, each measured once (see `once`)."""
+    """The rows that `measure(seed)` returns for n_seeds seeds, each measured once (see `once`).
+    --redraw: the rows of the last run."""
+    if args.redraw:
+        return read_csv(OUT / f"{name}.csv")
     rows = []
     for seed in range(args.seed, args.seed + n_seeds):
         rows += once(name, args, f"seed-{seed}", lambda: measure(seed))
@@ -143,6 +158,8 @@ def finish(name: str, args, rows: list[dict], draw, sentence: str):
     """Write the rows as CSV, draw them with `draw(pyplot)` if matplotlib is installed, and print
     the finding. A tiny run writes no file, because it would overwrite real results."""
     seconds = round(time.perf_counter() - args.start)
+    if args.redraw:
+        seconds = made().get(name, {}).get("seconds", seconds)
     if not args.tiny:
         write_csv(OUT / f"{name}.csv", rows)
         if save_picture(PICTURES / f"{name}.png", draw):
@@ -151,13 +168,18 @@ def finish(name: str, args, rows: list[dict], draw, sentence: str):
     print(f"{sentence}  ({seconds} s)")
 
 
+def made() -> dict:
+    """{script: what its last run with a picture left}."""
+    path = PICTURES / MADE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def record(name: str, args, sentence: str, seconds: int):
     """Note what a picture was made with, for gallery.py."""
-    path = PICTURES / MADE
-    made = json.loads(path.read_text()) if path.exists() else {}
-    made[name] = {"code": code_hash(name), "full": args.full, "first seed": args.seed,
-                  "seconds": seconds, "sentence": sentence}
-    write_atomically(path, json.dumps(made, indent=1, sort_keys=True).encode())
+    entries = made()
+    entries[name] = {"code": code_hash(name), "full": args.full, "first seed": args.seed,
+                     "seconds": seconds, "sentence": sentence}
+    write_atomically(PICTURES / MADE, json.dumps(entries, indent=1, sort_keys=True).encode())
 
 
 def code_hash(name: str) -> str:
@@ -176,6 +198,39 @@ def write_csv(path: Path, rows: list[dict]):
     print(f"    -> {path}")
 
 
+def read_csv(path: Path) -> list[dict]:
+    """The rows that `write_csv` wrote. A row lacks its empty cells, except in columns of words."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the script without --redraw first")
+    rows, words = [], {}
+    with open(path, newline="") as file:
+        for cells in csv.DictReader(file):
+            row = {name: value_of(cell) for name, cell in cells.items() if cell}
+            for name, value in row.items():
+                if isinstance(value, str):
+                    words[name] = ""
+            rows.append(row)
+    return [words | row for row in rows]
+
+
+def value_of(cell: str):
+    """The number, the list or the word in a cell."""
+    try:
+        return math.nan if cell == "nan" else ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        return cell
+
+
+def style(matplotlib) -> dict:
+    """One size and one look for all pictures. Each line of a panel has its own color, marker and
+    dashes, so the pictures can be read in gray."""
+    lines = matplotlib.cycler(color=COLORS, marker=MARKERS, linestyle=DASHES)
+    return {"figure.figsize": (8, 4), "figure.dpi": 80, "font.size": 8, "axes.titlesize": 8,
+            "axes.prop_cycle": lines, "lines.linewidth": 1, "lines.markersize": 4,
+            "errorbar.capsize": 3, "axes.spines.top": False, "axes.spines.right": False,
+            "legend.frameon": False}
+
+
 def save_picture(path: Path, draw) -> bool:
     """Whether there is a picture: not without matplotlib."""
     try:
@@ -185,11 +240,12 @@ def save_picture(path: Path, draw) -> bool:
         return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    pyplot.figure(figsize=(6, 4), dpi=80)
-    draw(pyplot)
-    pyplot.tight_layout()
-    path.parent.mkdir(exist_ok=True)
-    pyplot.savefig(path)
+    with matplotlib.rc_context(style(matplotlib)):
+        pyplot.figure()
+        draw(pyplot)
+        pyplot.tight_layout()
+        path.parent.mkdir(exist_ok=True)
+        pyplot.savefig(path)
     print(f"    -> {path}")
     return True
 

@@ -26,6 +26,7 @@ import output
 from decide import Claim, sentence
 
 from measures import fit_scaling
+from picture import curve
 from pm import report
 from toy import mean_or_nan
 
@@ -102,7 +103,7 @@ def prediction_errors(rows: list[dict]) -> tuple[float, float]:
     return math.sqrt(line / len(unseen)), math.sqrt(power / len(unseen))
 
 
-def curve(rows: list[dict], trained_on: str, tested_on: str) -> list[dict]:
+def curve_of(rows: list[dict], trained_on: str, tested_on: str) -> list[dict]:
     return output.select(rows, trained_on=trained_on, tested_on=tested_on)
 
 
@@ -127,21 +128,21 @@ def print_table(rows: list[dict], sizes: list[str], amounts: list[int]):
 
 
 def draw(plt, rows, sizes, amounts):
-    plt.gcf().set_size_inches(9, 3.5)
     for i, (trained_on, tested_on) in enumerate(CURVES[:3], 1):
         plt.subplot(1, 3, i)
-        mine = curve(rows, trained_on, tested_on)
-        for size, style in zip(sizes, ("C0.-", "C1.--", "C2.:")):
-            plt.plot(amounts, accuracies(mine, size, amounts), style, label=size)
-        plt.axhline(mean_or_nan(output.column(mine, "bayes")), color="gray", lw=0.8)
+        mine = curve_of(rows, trained_on, tested_on)
+        for size in sizes:
+            of_size = output.select(mine, size=size)
+            curve(plt, amounts, output.samples(of_size, "accuracy", "comparisons", amounts), size)
+        plt.axhline(mean_or_nan(output.column(mine, "bayes")), color="gray", ls=":", lw=0.8)
         plt.xscale("log")
         plt.ylim(0.4, 0.85)
-        plt.xticks(amounts, amounts, fontsize=7)
+        plt.xticks(amounts, amounts)
         plt.minorticks_off()
-        plt.title(f"{trained_on} PM on {tested_on}", fontsize=8)
+        plt.title(f"{trained_on} PM on {tested_on}")
         plt.xlabel("comparisons")
-        plt.ylabel("accuracy" if i == 1 else "")
-        plt.legend(fontsize=7)
+        plt.ylabel("accuracy (dotted: ceiling)")
+        plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:
@@ -149,7 +150,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     seeds = dict.fromkeys(output.column(rows, "seed"))
 
     def claims(trained_on: str) -> list[Claim]:
-        found = [fit(output.select(curve(rows, trained_on, "helpful"), seed=seed))
+        found = [fit(output.select(curve_of(rows, trained_on, "helpful"), seed=seed))
                  for seed in seeds]
         return [Claim("b (size; HH 0.007)", [b for (_, b, _), _ in found], above=0.0),
                 Claim("c (comparisons; HH 0.015)", [c for (_, _, c), _ in found], above=0.0),
@@ -159,7 +160,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
                                claims(COIN))
     better = []
     for seed in seeds:
-        line, power = prediction_errors(output.select(curve(rows, *HELPFUL), seed=seed))
+        line, power = prediction_errors(output.select(curve_of(rows, *HELPFUL), seed=seed))
         better.append(line - power)
     _, bent = sentence("the distance to the ceiling is a power law rather",
                        [Claim("error of the line less that of the power law", better, above=0.0)])
@@ -178,7 +179,7 @@ def experiment(args):
     for trained_on, tested_on in CURVES:
         print(f"Trained on {trained_on}, tested on {tested_on}: accuracy by number of comparisons "
               f"(means of {n_seeds} seeds)")
-        mine = curve(rows, trained_on, tested_on)
+        mine = curve_of(rows, trained_on, tested_on)
         print_table(mine, sizes, amounts)
         (a, b, c), r2 = fit(mine)
         line, power = prediction_errors(mine)

@@ -25,6 +25,7 @@ import toy
 import toy_corpus
 import train_pm
 from measures import agreement
+from picture import curve
 
 NONE, RANKED, BINARIZED = "none", "ranked", "binarized"
 BY_COIN, BINARIZED_BY_COIN = "ranked by coin (control)", "binarized by coin (control)"
@@ -80,16 +81,14 @@ def gains_where_few(rows: list[dict], name: str) -> list[float]:
 
 def draw(plt, rows):
     sizes = [n for n in dict.fromkeys(output.column(rows, "comparisons")) if n]
-    for name, style in zip(STARTS, ("o-", "s-", "^-", "s:", "^:")):
-        points = [output.mean_se(accuracies(rows, name, n)) for n in sizes]
-        means, errors = zip(*points)
-        plt.errorbar(sizes, means, errors, fmt=style, ms=4, capsize=3, label=f"PMP: {name}")
+    for name in STARTS:
+        curve(plt, sizes, [accuracies(rows, name, n) for n in sizes], f"PMP: {name}")
     plt.xscale("log")
     plt.xticks(sizes, sizes)
     plt.minorticks_off()
     plt.xlabel("comparisons of crowdworkers")
     plt.ylabel("accuracy on held-out comparisons")
-    plt.legend(fontsize=7)
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -29,6 +29,7 @@ import dataclasses
 import lab
 import output
 from decide import Claim, sentence
+from picture import interval
 from skills import dialogue, document, exercises, measure, without_skills
 
 import rankings
@@ -163,17 +164,16 @@ def others(rows: list[dict]) -> str:
 
 
 def draw(plt, rows):
-    """A point for each seed; on the left the skill, on the right the gain, as in Figs 33 and 34."""
+    """On the left the skills, on the right the gain, as in Figs 33 and 34."""
     policies = list(dict.fromkeys(output.column(rows, "policy")))
     for side, name, label in ((1, "skill", "log-prob of right answers (nats a token)"),
                               (2, "gain", "RM score gained (logits)")):
         plt.subplot(1, 2, side)
-        for i, policy in enumerate(policies):
-            found = of(rows, policy, name)
-            plt.plot(found, [-i] * len(found), "o", color="C0", alpha=0.6)
+        means, halves = zip(*[interval(of(rows, policy, name)) for policy in policies])
         places = [-i for i in range(len(policies))]
-        plt.yticks(places, policies if side == 1 else [""] * len(policies), fontsize=7)
-        plt.xlabel(label, fontsize=7)
+        plt.errorbar(means, places, xerr=halves, linestyle="")
+        plt.yticks(places, policies if side == 1 else [""] * len(policies))
+        plt.xlabel(label)
 
 
 def experiment(args):

@@ -35,6 +35,7 @@ from decide import Claim, sentence
 
 import toy
 from measures import fit_gao
+from picture import paths
 from train_rl import RLConfig
 
 
@@ -146,16 +147,16 @@ def confirmed(rows: list[dict]) -> list[dict]:
 
 def draw(plt, rows):
     ends = output.select(rows, part="end", seed=rows[0]["seed"], control=False)
-    for k, end in enumerate(ends):
-        plt.subplot(len(ends) // 2, 2, k + 1)
-        mine = output.select(rows, part="path", size=end["size"], seed=end["seed"],
-                             comparisons=end["comparisons"], control=False)
-        for name, style in (("train_pm", "C0"), ("test_pm", "C1--"), ("truth", "k:")):
-            plt.plot(output.column(mine, "sqrt_kl"), output.column(mine, name), style,
-                     label=name.replace("_", " "))
-        plt.title(f"{end['size']} PM, {end['comparisons']} comparisons", fontsize=8)
-    plt.legend(fontsize=7)
-    plt.xlabel("sqrt(KL)")
+    for k, end in enumerate(ends, 1):
+        plt.subplot(len(ends) // 2, 2, k)
+        mine = output.select(rows, part="path", size=end["size"], control=False,
+                             comparisons=end["comparisons"])
+        for name, label in (("train_pm", "train PM"), ("test_pm", "test PM"), ("truth", "truth")):
+            paths(plt, mine, "sqrt_kl", name, label)
+        plt.title(f"{end['size']} PM, {end['comparisons']} comparisons")
+        plt.xlabel("sqrt(KL)" if k > len(ends) - 2 else "")
+        plt.ylabel("gain (logits, nats)")
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -24,6 +24,7 @@ import lab
 import output
 import torch
 from decide import Claim, sentence
+from picture import curve
 
 import demonstrations
 import toy
@@ -145,23 +146,22 @@ def change(rows: list[dict], name: str, before: str = BEST, after: str = LAST) -
 
 def draw(plt, rows):
     curves = [row for row in rows if row["role"] != COOLED]
-    for place, names, label in ((1, LOSSES, "held-out loss less that of epoch 1"),
-                                (2, {"score": "RM score", "truth": "true utility"}, "replies")):
+    epochs = sorted(set(output.column(curves, "epoch")))
+    first = output.select(curves, epoch=epochs[0])
+    for place, names, label in ((1, LOSSES, "held-out loss, less that after epoch 1"),
+                                (2, {"score": "RM score", "truth": "true utility"},
+                                 "RM score (logits) and true utility (nats)")):
         plt.subplot(1, 2, place)
-        for i, (name, title) in enumerate(names.items()):
-            for seed in sorted(set(output.column(rows, "seed"))):
-                mine = output.select(curves, seed=seed)
-                start = mine[0][name] if place == 1 else 0.0
-                moved = [row[name] - start for row in mine]
-                plt.plot(output.column(mine, "epoch"), moved, "o-", color=f"C{i}", alpha=0.7,
-                         label=title if seed == rows[0]["seed"] else None)
-                cooled = output.select(rows, seed=seed, role=COOLED)
-                plt.plot(output.column(cooled, "epoch"), [row[name] - start for row in cooled],
-                         "*", color=f"C{i}", markersize=10)
+        for name, title in names.items():
+            values = output.samples(curves, name, "epoch", epochs)
+            if place == 1:
+                start = output.column(first, name)
+                values = [output.less(of_epoch, start) for of_epoch in values]
+            curve(plt, epochs, values, title)
         plt.xscale("log", base=2)
-        plt.xlabel("epoch (star: sampled cooler)")
+        plt.xlabel("epoch")
         plt.ylabel(label)
-        plt.legend(fontsize=7)
+        plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

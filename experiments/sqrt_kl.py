@@ -31,6 +31,7 @@ import output
 from decide import Claim, sentence
 
 from measures import line_fit
+from picture import paths
 from train_rl import RLConfig
 
 EARLY = 1.0     # the range of the line, in sqrt(nats)
@@ -118,16 +119,17 @@ def one_seed(runs: dict, cfg: RLConfig, n: int, n_prompts: int) -> list[dict]:
 
 def draw(plt, rows):
     sizes = list(dict.fromkeys(output.column(rows, "size")))
-    for seed in dict.fromkeys(output.column(rows, "seed")):
-        for i, size in enumerate(sizes):
-            mine = output.select(rows, part="path", size=size, seed=seed, kl_coef=KL_COEF)
-            plt.plot(output.column(mine, "sqrt_kl"), output.column(mine, "score"),
-                     ("-", "--", ":")[i], lw=0.8, color=f"C{i}",
-                     label=size if seed == rows[0]["seed"] else None)
-    plt.axvline(EARLY, color="gray", lw=0.5)
-    plt.xlabel("sqrt(KL) to the initial policy")
-    plt.ylabel("PM score, held-out prompts")
-    plt.legend()
+    panels = (({"kl_coef": KL_COEF}, "size", sizes), ({"size": "toy"}, "kl_coef", sorted((KL_COEF, *OTHER_COEFS))))
+    for i, (where, key, values) in enumerate(panels, 1):
+        plt.subplot(1, 2, i)
+        mine = output.select(rows, part="path", **where)
+        for value in values:
+            label = value if key == "size" else f"toy, KL coefficient {value}"
+            paths(plt, output.select(mine, **{key: value}), "sqrt_kl", "score", label)
+        plt.axvline(EARLY, color="gray", ls=":", lw=0.8)
+        plt.xlabel("sqrt(KL) to the initial policy (sqrt(nats))")
+        plt.ylabel("PM score, held-out prompts (logits)")
+        plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

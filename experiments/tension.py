@@ -19,6 +19,7 @@ What the same tension does to a policy (§4.4) is in negotiator.py.
 import lab
 import output
 from decide import Claim, sentence
+from picture import curve
 
 from pm import report
 from toy import mean_or_nan
@@ -67,31 +68,20 @@ def one_seed(runs: dict, n: int, n_test: int, surplus: float, shares, weights) -
     return rows
 
 
-def curve(rows: list[dict], name: str, key: str, values, **where) -> list[tuple]:
-    """(mean, standard error) of a column over seeds, for each value of row[key]."""
-    points = []
-    for value in values:
-        mine = output.select(rows, **where, **{key: value})
-        points.append(output.mean_se(output.column(mine, name)))
-    return points
-
-
 def draw(plt, rows, shares, weights):
-    plt.gcf().set_size_inches(9, 4)
     panels = (("mixture", "helpful_share", shares, (LARGEST,), "share of helpful comparisons"),
               ("weight", "weight", weights, (LARGEST, SMALLEST), "lambda"))
     for i, (part, key, values, sizes, title) in enumerate(panels, 1):
         plt.subplot(1, 2, i)
-        for size, style in zip(sizes, ("-", "--")):
-            for name, color in zip(COLUMNS, ("C0", "C3", "gray")):
-                means, errors = zip(*curve(rows, name, key, values, part=part, size=size))
-                plt.errorbar(values, means, errors, fmt=style, marker=".", color=color, lw=1,
-                             label=f"{name}, {size}")
-        plt.axhline(0.5, color="black", lw=0.5)
+        for size in sizes:
+            mine = output.select(rows, part=part, size=size)
+            for name in COLUMNS:
+                curve(plt, values, output.samples(mine, name, key, values), f"{name}, {size}")
+        plt.axhline(0.5, color="gray", lw=0.8)
         plt.ylim(0.25, 0.85)
         plt.ylabel("held-out accuracy")
         plt.xlabel(title)
-    plt.legend(fontsize=7)
+        plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

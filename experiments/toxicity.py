@@ -25,6 +25,7 @@ import lab
 import output
 import steps
 from decide import Claim, sentence
+from picture import groups
 
 import toy
 import toy_corpus
@@ -109,16 +110,14 @@ def differences(rows: list[dict], player: str, header: str, share: float = 1.0) 
 
 
 def draw(plt, rows):
-    for i, player in enumerate((LM, SFT, PPO, CONTROL)):
-        shares = []
-        for header in HEADERS:
-            mine = output.select(rows, player=player, header=header)
-            shares.append(output.mean_se(output.column(mine, "toxic"))[0])
-        plt.plot(range(len(HEADERS)), shares, "o-", color=f"C{i}", label=player)
-    plt.xticks(range(len(HEADERS)), [f"header: {header}" for header in HEADERS])
+    found = {}
+    for player in (LM, SFT, PPO, CONTROL):
+        mine = output.select(rows, player=player)
+        found[player] = output.samples(mine, "toxic", "header", HEADERS)
+    groups(plt, [f"header: {header}" for header in HEADERS], found)
     plt.ylim(0, 1)
-    plt.ylabel("share of toxic replies (mean over seeds)")
-    plt.legend(fontsize=7)
+    plt.ylabel("share of toxic replies")
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

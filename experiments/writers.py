@@ -27,6 +27,7 @@ import dataclasses
 import lab
 import output
 from decide import Claim, sentence
+from picture import groups
 
 import toy
 import toy_corpus
@@ -103,17 +104,15 @@ def one_seed(run, n: int) -> list[dict]:
 
 
 def draw(plt, rows):
-    for policy, marker in ((RLHF, "o"), (INITIAL, "s")):
-        for writer, color in ((MEDIAN, "C0"), (BEST, "C1")):
-            mine = output.select(rows, kind="helpful", policy=policy, against=writer)
-            plt.errorbar(output.column(mine, "seed"), output.column(mine, "win_rate"),
-                         output.column(mine, "+-"), fmt=marker, color=color, capsize=3,
-                         label=f"{policy} against the {writer}")
-    plt.axhline(0.5, color="k", lw=0.8)
-    plt.axhline(0.56, color="k", ls=":", lw=0.8, label="HH: 56%")
-    plt.xlabel("seed (language model)")
+    found = {}
+    for policy in (RLHF, INITIAL):
+        mine = output.select(rows, kind="helpful", policy=policy)
+        found[policy] = output.samples(mine, "win_rate", "against", (MEDIAN, BEST))
+    groups(plt, [f"against the {writer}" for writer in (MEDIAN, BEST)], found)
+    plt.axhline(0.5, color="gray", lw=0.8)
+    plt.axhline(0.56, color="gray", ls=":", lw=0.8, label="HH, median writer: 0.56")
     plt.ylabel("win rate on helpful prompts")
-    plt.legend(fontsize=7)
+    plt.legend()
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:

@@ -23,6 +23,7 @@ import collect
 import gallery
 import lab
 import output
+import picture
 import rankings
 import toy
 import toy_corpus
@@ -33,6 +34,7 @@ from exercises import exercises
 from helpers import flat
 from pm import score_rows
 from ratings import ELO, elo_error, fit_elo
+from run import errors_in_one_sentence
 from train_rl import RLConfig
 
 FINDINGS = gallery.scripts()
@@ -551,6 +553,8 @@ def test_constraints_on_a_new_subject_have_their_own_verdict(changed, expected):
 
 
 def test_means_errors_and_selected_rows_by_hand():
+    some = [{"n": 2, "x": 1.0}, {"n": 1, "x": 2.0}, {"n": 2, "x": 3.0}]
+    assert output.samples(some, "x", "n", (1, 2, 5)) == [[2.0], [1.0, 3.0], []]
     mean, se = output.mean_se([1.0, 2.0, 6.0])  # deviations -2, -1, 3: variance 14 / 2
     assert (mean, se) == pytest.approx((3.0, math.sqrt(7 / 3)))
     assert math.isnan(output.mean_se([1.0])[1])  # so that no threshold in errors is passed
@@ -813,6 +817,8 @@ class Pyplot:  # takes any call; x, y and errors of a curve must be of one lengt
                 assert len(lengths) >= 2 and lengths[0] > 0 and len(set(lengths)) == 1, lengths
             return self
         return call
+    def __iter__(self):  # over the lines of a plot
+        yield self
 
 def finish(name, args, rows, draw, sentence, original=output.finish):
     draw(Pyplot())
@@ -868,7 +874,7 @@ def test_a_full_run_writes_its_rows_and_a_picture(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(output, "OUT", tmp_path / "out")
     pictures = []
     monkeypatch.setattr(output, "save_picture", lambda path, draw: pictures.append((path, draw)))
-    args, draw = SimpleNamespace(tiny=False, full=False, start=0.0), object()
+    args, draw = SimpleNamespace(tiny=False, full=False, redraw=False, start=0.0), object()
     output.finish("name", args, [{"a": 1}, {"a": 2, "b": 0.5}], draw, "HOLDS: it does.")
     with open(tmp_path / "out" / "name.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}, {"a": "2", "b": "0.5"}]
@@ -879,7 +885,7 @@ def test_a_full_run_writes_its_rows_and_a_picture(tmp_path, monkeypatch, capsys)
 def test_a_stopped_script_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(output, "OUT", tmp_path)
     monkeypatch.setattr(output, "save_picture", lambda path, draw: None)
-    calls, args = [], SimpleNamespace(tiny=False, full=True, start=0.0)
+    calls, args = [], SimpleNamespace(tiny=False, full=True, redraw=False, start=0.0)
 
     def measure():
         calls.append(1)
@@ -902,6 +908,61 @@ def test_a_stopped_script_measures_only_what_is_missing(tmp_path, monkeypatch, c
     assert found == [{"seed": 5}, {"seed": 6}]
     again = output.each_seed("other", args, 3, lambda seed: [{"seed": -seed}])
     assert again == found + [{"seed": -7}]
+
+
+def test_a_picture_is_drawn_anew_from_the_rows_of_the_last_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output, "OUT", tmp_path)
+    monkeypatch.setattr(output, "PICTURES", tmp_path)
+    monkeypatch.setattr(output, "save_picture", lambda path, draw: True)
+    args = SimpleNamespace(tiny=False, full=False, redraw=False, seed=0, start=-1e6)
+    rows = [{"seed": 0, "role": "", "x": 0.1 + 0.2, "is_last": False}, {"seed": 1, "role": "a, b"},
+            {"seed": 2, "role": "2 of 3", "x": math.nan, "scores": [1.5, -2.0]}]
+    output.finish("elo", args, rows, None, "HOLDS.")
+    seconds = output.made()["elo"]["seconds"]
+    args.redraw = True
+    found = output.each_seed("elo", args, 9, None)
+    assert math.isnan(found[2].pop("x")) and math.isnan(rows[2].pop("x")) and found == rows
+    args.start = 0.0
+    output.finish("elo", args, found, None, "HOLDS.")
+    assert output.made()["elo"]["seconds"] == seconds > 1e6
+    with pytest.raises(SystemExit), errors_in_one_sentence():
+        output.each_seed("writers", args, 1, None)
+    assert "without --redraw" in capsys.readouterr().err
+
+
+class Recorder:
+    """In place of pyplot: what was drawn, by the name of the call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*values, **options):
+            self.calls.append((name, values, options))
+            line = SimpleNamespace(get_color=lambda: "red", get_linestyle=lambda: ":")
+            return [line]
+        return call
+
+
+def test_pictures_show_means_with_intervals_side_by_side_and_a_line_for_each_seed():
+    assert picture.interval([1.0, 3.0]) == pytest.approx((2.0, 12.706), abs=1e-3)  # t, 1 degree
+    assert picture.interval([5.0])[0] == 5.0 and math.isnan(picture.interval([5.0])[1])
+    plt = Recorder()
+    picture.groups(plt, ["p", "q"], {"a": [[1.0, 3.0], [4.0, 4.0]], "b": [[0.0, 0.0], [6.0, 8.0]]})
+    [first, second, (_, ticks, _)] = plt.calls
+    assert first[1][0] == [-0.125, 0.875] and second[1][0] == [0.125, 1.125]
+    assert ticks == (range(2), ["p", "q"]) and second[1][1] == (0.0, 7.0)
+    assert second[1][2] == pytest.approx((0.0, 12.706), abs=1e-3)
+    assert (first[2], second[2]) == ({"label": "a", "linestyle": ""},
+                                     {"label": "b", "linestyle": ""})
+    plt, rows = Recorder(), []
+    for seed, x, y in ((7, 0, 1), (8, 2, 3), (7, 4, 5)):
+        rows.append({"seed": seed, "x": x, "y": y})
+    picture.paths(plt, rows, "x", "y", "PM")
+    [(_, ours, looks), (_, others, same)] = plt.calls
+    assert (ours, others) == (([0, 4], [1, 5]), ([2], [3]))
+    assert looks == {"marker": "", "label": "PM"}
+    assert same == {"marker": "", "color": "red", "linestyle": ":"}
 
 
 def some_pairs(run):
