@@ -196,7 +196,8 @@ class Run(Folder):
         if sft is not None:
             stages["sft"] = StageMemory(1, 0, rows * sft.demonstrations)
         if rm is not None:
-            stages["rm"] = StageMemory(1, 0, rows * 9 * rm.prompts, token_budget=rm.token_budget)
+            n_replies = rm.most * rm.prompts
+            stages["rm"] = StageMemory(1, 0, rows * n_replies, token_budget=rm.token_budget)
         if rl is not None:
             n_frozen = 2 + int(rl.ema > 0)  # the average follows the policy, with no gradients
             stages["rl"] = StageMemory(2, n_frozen, max(rl.batch, rl.eval_prompts),

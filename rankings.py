@@ -51,7 +51,7 @@ class RMConfig:
     max_response: int = 32      # toy: tokens of a sampled reply
     lr: float = 5e-4            # cosine down to a tenth (IG), one epoch. 0.1 x the LM's
     batch: int = 16             # prompts a step (IG 64)
-    shuffled: bool = False      # each pair is an element of its own, which overfits (IG §3.5)
+    shuffled: bool = False      # each pair is an element of its own (IG §3.5: it overfits)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in IG)
     token_budget: int = 0       # tokens a forward pass holds; memory and speed (0 picks a default)
 

@@ -377,7 +377,7 @@ def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None,
     path, statistics = [], None
     for iteration in range(cfg.iterations + 1):
         if iteration % cfg.eval_every == 0 or iteration == cfg.iterations:
-            numbers, _ = evaluate(run, cfg, learner.policy, reference, pm, held_out)
+            numbers, _ = evaluate(run, cfg, learner.result, reference, pm, held_out)
             numbers["score"] = (2 * numbers["score_helpful"] + numbers["score_harmless"]) / 3
             numbers["truth"] = (2 * numbers["helpfulness"] + numbers["harmlessness"]) / 3
             numbers["train_score"], numbers["train_kl"] = numbers["score"], 0.0
