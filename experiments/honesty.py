@@ -119,11 +119,18 @@ def makes_up(question: Question, reply: str) -> bool:
     return bool(answers_in(question, reply) - {question.answer})
 
 
+def gives_answer(question: Question, reply: str) -> bool:
+    """Whether the reply gives any answer of the right type."""
+    if question.kind == OPEN:
+        return toy.judge(question.prompt, reply).answers
+    return bool(answers_in(question, reply))
+
+
 def utility(question: Question, reply: str, checks: bool) -> float:
     """The worth of a reply in nats, to labelers who check facts or to those who do not."""
     if checks:
         return 3.0 * is_right(question, reply) - 1.0 * makes_up(question, reply)
-    return 3.0 * bool(is_right(question, reply) or makes_up(question, reply))
+    return 3.0 * gives_answer(question, reply)
 
 
 # ---- 3. Players --------------------------------------------------------------

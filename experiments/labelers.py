@@ -151,8 +151,9 @@ def five_fold(run, cfg, labelers: dict[str, Taste], train: list, held_out: list)
 def one_seed(run, cfg, n: int) -> list[dict]:
     """A row for each labeler that is left out, of five kinds and of one."""
     with lab.silence():
-        train = rankings.rankings(run, cfg, "train")[:n]
+        train = rankings.rankings(run, cfg, "train")  # ordered by the model that replied
         held_out = rankings.encode(run, rankings.rankings(run, cfg, "test"))
+    train = run.rng("labelers", "mix").sample(train, min(n, len(train)))
     groups = {DIFFERENT: KINDS, ALIKE: dict.fromkeys(KINDS, mean_taste())}
     rows = []
     for group, labelers in groups.items():

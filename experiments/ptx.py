@@ -19,8 +19,8 @@ policy is the mean log-prob that it gives the right answers, averaged over both 
      tax        SFT less PPO is above 0 (without a tax, the sentence says so and ends there)
      repaired   PPO-ptx less SFT is above 0: it brings back all of the tax
      not by KL  PPO-ptx less PPO with 100 times the beta is above 0
-     control    PPO-ptx on the corpus's dialogues alone, less SFT, is below 0
-   Dialogues alone may still bring back a part. The sentence says how much.
+     control    PPO-ptx on the corpus without the pages of exercises, less SFT, is below 0
+   Such text may still bring back a part, as may dialogues alone. The sentence says how much.
 2. A finding of its own: PPO-ptx gains at least 90% of the RM score that PPO gains.
 """
 import contextlib
@@ -45,7 +45,7 @@ GAMMA, BETA = 0.3, 0.02
 RL = {"kl_coef": BETA, "ptx_coef": 0.0, "lr": 1e-3, "ema": 0.0}
 LM, SFT, PPO = "LM", "SFT", "PPO"
 PTX, HIGH_KL = f"PPO-ptx, gamma {GAMMA}", "PPO, beta x 100"
-CONTROL = f"{PTX}, dialogues (control)"
+CONTROL, DIALOGUES = f"{PTX}, no skills (control)", f"{PTX}, dialogues"
 # What each policy changes in RL, and what draws the documents of its pretraining text.
 ARMS = {
     PPO: ({}, document),
@@ -54,8 +54,8 @@ ARMS = {
     "PPO-ptx, gamma 1": ({"ptx_coef": 1.0}, document),
     "PPO, beta x 10": ({"kl_coef": 10 * BETA}, document),
     HIGH_KL: ({"kl_coef": 100 * BETA}, document),
-    f"{PTX}, no skills": ({"ptx_coef": GAMMA}, without_skills),
-    CONTROL: ({"ptx_coef": GAMMA}, dialogue),
+    CONTROL: ({"ptx_coef": GAMMA}, without_skills),
+    DIALOGUES: ({"ptx_coef": GAMMA}, dialogue),
 }
 
 # ---- 1. Models ---------------------------------------------------------------
@@ -137,8 +137,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     """The outcome of the first finding and the sentences of both; of the tax alone if there is
     none."""
     tax = Claim("tax, SFT less PPO", contrast(rows, {SFT: 1, PPO: -1}), above=0.0)
-    outcome, words = sentence("PPO costs the skills nothing here, so there is nothing to repair",
-                              [tax])
+    outcome, words = sentence("PPO costs the skills something that could be repaired", [tax])
     if outcome == "DOES NOT HOLD":
         return outcome, words
     outcome, words = sentence("PPO-ptx undoes the alignment tax, and more so than a KL penalty", [
@@ -155,7 +154,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 def others(rows: list[dict]) -> str:
     """What else brings back the skills, less PPO's, and at which price."""
     parts = []
-    for policy in (PTX, HIGH_KL, CONTROL):
+    for policy in (PTX, HIGH_KL, CONTROL, DIALOGUES):
         back, _ = output.mean_se(contrast(rows, {policy: 1, PPO: -1}))
         gain, _ = output.mean_se(of(rows, policy, "gain"))
         parts.append(f"{policy} {back:+.3f} and {gain:.3f}")
@@ -177,7 +176,7 @@ def draw(plt, rows):
 
 
 def experiment(args):
-    of_verdict = {name: ARMS[name] for name in (PPO, PTX, HIGH_KL, CONTROL)}
+    of_verdict = {name: ARMS[name] for name in (PPO, PTX, HIGH_KL, CONTROL, DIALOGUES)}
     n, n_seeds, iterations = 300, 4 if args.full else 1, 50
     if args.tiny:
         n, iterations = 8, 2

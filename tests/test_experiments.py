@@ -286,7 +286,7 @@ def two_ways(many=0.02, few=0.03, gap=0.05, control=0.0, n=4) -> list[dict]:
         for data, part, loss, more in (("many prompts", 0, many, -9.0),
                                        ("few prompts", 0, few - 1, gap - 1),
                                        ("few prompts", 1, few + 1, gap + 1 + seed * 1e-4),
-                                       ("few, one pair each (control)", 0, 0.5, control)):
+                                       ("few, no reply twice (control)", 0, 0.5, control)):
             for way, share in (("grouped", 0), ("shuffled", 1)):
                 rows.append({"seed": seed, "data": data, "part": part, "way": way,
                              "trained loss": 0.0, "held-out loss": 5 + seed + share * loss,
@@ -315,7 +315,8 @@ def taxed(ppo=0.5, ptx=1.2, high_kl=0.9, control=0.7, gain=0.95, n=4) -> list[di
         for policy, skill, gained in (("SFT", 1.0, 0.0), ("PPO", ppo, 1.0), ("LM", 9.0, 0.0),
                                       ("PPO-ptx, gamma 0.3", ptx, gain),
                                       ("PPO, beta x 100", high_kl, 0.2),
-                                      ("PPO-ptx, gamma 0.3, dialogues (control)", control, -9.0)):
+                                      ("PPO-ptx, gamma 0.3, no skills (control)", control, -9.0),
+                                      ("PPO-ptx, gamma 0.3, dialogues", 9.0, -9.0)):
             rows.append({"seed": seed, "policy": policy, "skill": skill * (1 + 1e-4 * seed),
                          "gain": gained})
     return rows

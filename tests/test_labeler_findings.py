@@ -134,13 +134,13 @@ def test_a_loss_is_the_mean_over_prompts_of_the_mean_over_their_pairs(net):
     assert found == pytest.approx(sum(expected) / 40, abs=1e-9)
 
 
-def test_one_pair_of_each_prompt_keeps_which_reply_is_better():
+def test_disjoint_pairs_of_a_prompt_share_no_reply_and_keep_which_is_better():
     elements, seen = [some_elements(3)[2]] * 150, set()
-    for before, after in zip(elements, grouped.one_pair(elements, Random(0))):
-        assert after.pairs == [(0, 1)] and after.ranking is before.ranking and len(after.rows) == 2
-        pair = before.rows.index(after.rows[0]), before.rows.index(after.rows[1])
-        assert pair in before.pairs
-        seen.add(pair)
+    for before, after in zip(elements, grouped.disjoint_pairs(elements, Random(0))):
+        assert after.ranking is before.ranking and after.rows is before.rows
+        assert len(after.pairs) == 2 and len({i for pair in after.pairs for i in pair}) == 4
+        assert set(after.pairs) <= set(before.pairs)
+        seen |= set(after.pairs)
     assert seen == set(elements[0].pairs)  # all 10 pairs of 5 rows
 
 
@@ -163,12 +163,28 @@ def test_few_prompts_take_as_many_steps_and_each_part_has_its_own(monkeypatch):
     monkeypatch.setattr(grouped, "compare", lambda run, cfg, its, held_out: calls.append(
         (cfg.batch, its, held_out)) or [{"way": "grouped"}])
     rows = grouped.one_seed(StubRun(seed=0), RMConfig(batch=16), 16, 2)
-    assert output.column(rows, "data") == [grouped.MANY] + [grouped.FEW, grouped.ONE_PAIR] * 2
+    assert output.column(rows, "data") == [grouped.MANY] + [grouped.FEW, grouped.DISJOINT] * 2
     assert [batch for batch, *_ in calls] == [16, 4, 4, 4, 4]
-    assert [its for _, its, _ in calls[:2] + calls[3:4]] == [elements, elements[:16],
-                                                            elements[16:32]]
-    assert [len(element.pairs) for element in calls[4][1]] == [1] * 16
+    mixed = calls[0][1]
+    assert mixed != elements and sorted(map(id, mixed)) == sorted(map(id, elements))
+    assert [its for _, its, _ in calls[1:4:2]] == [mixed[:16], mixed[16:32]]
+    for before, after in zip(mixed[16:32], calls[4][1], strict=True):
+        assert after.rows is before.rows and len(after.pairs) == len(before.rows) // 2
     assert {tuple(held_out) for *_, held_out in calls} == {("held out",)}
+
+
+def test_a_quick_run_has_replies_of_all_models(monkeypatch):
+    """The file of rankings is ordered by the model that replied."""
+    calls = []
+    monkeypatch.setattr(labelers.rankings, "rankings", lambda run, cfg, split: list(range(100)))
+    monkeypatch.setattr(labelers.rankings, "encode", lambda run, found: found)
+    monkeypatch.setattr(labelers, "five_fold", lambda run, cfg, kinds, train, held_out: calls.append(
+        train) or [{}])
+    labelers.one_seed(StubRun(seed=0), None, 30)
+    labelers.one_seed(StubRun(seed=0), None, 300)
+    few, same, most, _ = calls
+    assert few == same and len(set(few)) == 30 and max(few) > 60
+    assert sorted(most) == list(range(100))
 
 
 def test_a_reward_model_learns_the_pairs_of_its_elements(net, monkeypatch):

@@ -155,4 +155,4 @@ def test_the_reward_has_a_verdict_of_its_own_and_without_a_tax_there_is_none():
     assert "DOES NOT HOLD: it costs at most a tenth" in ptx.verdict(taxed(gain=0.89))[1]
     assert " HOLDS: it costs at most a tenth" in ptx.verdict(taxed(gain=0.91))[1]
     _, words = ptx.verdict(taxed(ppo=1.1))
-    assert words.startswith("DOES NOT HOLD: PPO costs the skills nothing") and "ptx" not in words
+    assert words.startswith("DOES NOT HOLD: PPO costs the skills something") and "ptx" not in words
