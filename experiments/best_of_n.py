@@ -3,8 +3,8 @@
     python experiments/best_of_n.py           # 1 seed, n up to 64; minutes on two CPU cores
     python experiments/best_of_n.py --full    # 4 seeds, n up to 256
 
-The paper's claim: the crowdworkers' Elo for helpfulness rises over n = 1, 4, 16, 64, and online
-RLHF is about as good as best of 64 or better. As there, the PM and the prompts are helpful ones
+The paper's claim: the crowdworkers' Elo for helpfulness rises over n = 1, 4, 16, 64, and, "very
+roughly and heuristically", online RLHF is about as good as best of 64 or better. As there, the PM and the prompts are helpful ones
 only. HH's RLHF policy was trained under another PM; here PPO is trained against the same PM.
 
 N replies to each held-out prompt give the mean for every n at once (measures.best_of_n). Measured
@@ -18,8 +18,8 @@ policy; and the same for PPO, on the same prompts.
    score keeps rising. OO's curve for best of n, truth = d (alpha - beta d) with d = sqrt(KL), is
    fitted, and the n that it promises the most for is printed.
 
-The KL of best-of-n is log n - (n - 1) / n if no two replies tie (HH quote the upper bound log n:
-4.2 instead of 3.2 for n = 64). In this small world replies repeat, which makes it less.
+The KL of best-of-n is log n - (n - 1) / n if no two replies tie (HH write log n, an upper
+bound: 4.2 instead of 3.2 for n = 64). In this small world replies repeat, which makes it less.
 """
 import dataclasses
 import math
@@ -54,6 +54,8 @@ def one_seed(run, cfg: RLConfig, n: int, n_prompts: int, N: int) -> list[dict]:
                          "kl": best_of_n_kl(column + 1).item(),
                          "score": (best_score[:, column] - best_score[:, 0]).mean().item(),
                          "truth": gain.mean().item()})
+        if name == PM:  # the mean over all N replies, for PPO too
+            one_score, one_truth = best_score[:, 0], best_truth[:, 0]  # (prompts,) each
     judged = []
 
     def watch(learner):
@@ -61,8 +63,8 @@ def one_seed(run, cfg: RLConfig, n: int, n_prompts: int, N: int) -> list[dict]:
     _, path = lab.ppo(run, pm, cfg, initial, watch, prompts)
     for numbers, (score, truth) in zip(path, judged):
         rows.append({"seed": run.seed, "by": PPO, "n": numbers["iteration"], "kl": numbers["kl"],
-                     "score": (score - judged[0][0]).mean().item(),
-                     "truth": (truth - judged[0][1]).mean().item()})
+                     "score": (score - one_score).mean().item(),
+                     "truth": (truth - one_truth).mean().item()})
     return rows
 
 

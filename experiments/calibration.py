@@ -14,17 +14,17 @@ own mixture.
    is confidence minus accuracy, above 0 for a PM that is too sure. The toy world knows the
    probability of each choice (Comparison.p_chosen), so "right" is an average over newly drawn
    labels, and the noise of one label is not taken for miscalibration.
-   The finding: the helpful-only PM's ECE is below 0.03. The control shuffles its margins among the
-   pairs: the same confidences, about other pairs, have an ECE above 0.03.
+   The finding: the helpful-only PM's ECE is below 0.03. The control shuffles the sizes of its
+   margins among the pairs: the same choices, with other pairs' confidence. Its ECE is above 0.03.
    A finding of its own: the mixed PM's bias is below 0.
 2. Noise. The learning rate is constant, so the last steps leave noise in the scores. Noise makes
-   margins larger, which looks like confidence. Two more helpful-only PMs that read the comparisons
-   in other orders have other noise. The mean of the three PMs' scores has less of it, and a PM
-   trained in batches of 32 instead of 16 has less, too. Their ECE and bias are in the table.
+   margins larger, which looks like confidence. Two more mixed PMs that read the comparisons in other
+   orders have other noise. The mean of the three PMs' scores has less of it, and a PM trained in
+   batches of 32 instead of 16 has less, too. Their ECE and bias are in the table.
 3. Thresholds. Accuracy on pairs of which both scores are above the 70% quantile is below that on
-   all pairs. The control, scores shuffled among replies, is as accurate everywhere. How far the
-   Bayes ceiling falls on the same pairs, which the paper could not know, says how much of this is
-   due to good replies being alike.
+   all pairs. Two replies with high scores have similar scores, which alone makes a pair harder. So
+   the fall must also exceed that on pairs of which both scores are below the 30% quantile. How far
+   the Bayes ceiling falls on the same pairs, which the paper could not know, is printed.
 `excess` is the log loss over the entropy of the true probabilities: the PM's own error, in nats.
 """
 import dataclasses
@@ -42,7 +42,8 @@ WELL = 0.03       # the ECE up to which a PM counts as very well calibrated
 QUANTILES = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9)  # of the test replies' scores: the thresholds
 HIGH = 0.7        # the quantile at which the finding is decided
 HELPFUL, MIXED = "helpful", "mixed"
-SHUFFLED, MEAN, LARGE = "margins shuffled (control)", "mean of 3 PMs", "batch 32"
+SHUFFLED = "sizes of margins shuffled (control)"
+MEAN, LARGE = "mean of 3 mixed PMs", "mixed, batch 32"
 
 
 def draw_comparisons(run, n: int, n_test: int, surplus: float) -> tuple[dict, dict]:
@@ -72,15 +73,17 @@ def shuffled(values, generator):
     return values[torch.randperm(len(values), generator=generator)]
 
 
-def above_thresholds(chosen, rejected, p, name: str) -> list[dict]:
-    """Scores (N,), (N,) -> a row for each quantile."""
-    at = torch.cat((chosen, rejected)).quantile(torch.tensor(QUANTILES))
-    accuracy, bayes, pairs = threshold_curve(chosen, rejected, at, p)
+def beyond_thresholds(chosen, rejected, p) -> list[dict]:
+    """Scores (N,), (N,) -> a row for pairs above each quantile ("threshold"), and for pairs below
+    1 less each ("low")."""
     rows = []
-    for i, quantile in enumerate(QUANTILES):
-        rows.append({"part": "threshold", "PM": name, "quantile": quantile,
-                     "accuracy": accuracy[i].item(), "bayes": bayes[i].item(),
-                     "pairs": pairs[i].item()})
+    # Below a threshold is above it with all signs turned; the margins stay what they are.
+    for part, ours, theirs in (("threshold", chosen, rejected), ("low", -rejected, -chosen)):
+        at = torch.cat((ours, theirs)).quantile(torch.tensor(QUANTILES))
+        accuracy, bayes, pairs = threshold_curve(ours, theirs, at, p)
+        for i, quantile in enumerate(QUANTILES):
+            rows.append({"part": part, "quantile": quantile, "accuracy": accuracy[i].item(),
+                         "bayes": bayes[i].item(), "pairs": pairs[i].item()})
     return rows
 
 
@@ -103,27 +106,24 @@ def one_seed(run, n: int, n_test: int, surplus: float) -> list[dict]:
             for x, y in zip(predicted.tolist(), right.tolist()):
                 rows.append({"part": "curve", "PM": name, "predicted": x, "right": y})
         if name == HELPFUL:
-            # Labels are as noisy as before; only which margin belongs to which pair changes.
             control = {"part": "calibration", "PM": SHUFFLED}
-            signs = torch.where(torch.rand(len(p), generator=generator) < 0.5, 1.0, -1.0)
-            rows.append(control | calibrate(shuffled(margins.abs(), generator) * signs, p))
-            rows.extend(above_thresholds(*found, p, HELPFUL))
-            mixed_up = shuffled(found.flatten(), generator).view(2, -1)
-            rows.extend(above_thresholds(*mixed_up, p, SHUFFLED))
+            of_others = shuffled(margins.abs(), generator) * margins.sign()
+            rows.append(control | calibrate(of_others, p))
+            rows.extend(beyond_thresholds(*found, p))
 
-    first = scores(HELPFUL)
-    measure(HELPFUL, first, test[HELPFUL])
-    measure(MIXED, scores(MIXED), test[MIXED])
-    measure(MEAN, (first + scores(HELPFUL, 1) + scores(HELPFUL, 2)) / 3, test[HELPFUL])
-    measure(LARGE, scores(HELPFUL, batch=32), test[HELPFUL])
+    measure(HELPFUL, scores(HELPFUL), test[HELPFUL])
+    first = scores(MIXED)
+    measure(MIXED, first, test[MIXED])
+    measure(MEAN, (first + scores(MIXED, 1) + scores(MIXED, 2)) / 3, test[MIXED])
+    measure(LARGE, scores(MIXED, batch=32), test[MIXED])
     return [{"seed": run.seed} | row for row in rows]
 
 
-def fall(rows: list[dict], pm: str, name: str) -> list[float]:
-    """By how much a column is lower above the high quantile than on all pairs, for each seed."""
-    everywhere = output.select(rows, part="threshold", PM=pm, quantile=0.0)
-    high = output.select(rows, part="threshold", PM=pm, quantile=HIGH)
-    return output.less(output.column(everywhere, name), output.column(high, name))
+def fall(rows: list[dict], part: str, name: str) -> list[float]:
+    """By how much a column is lower beyond the quantile HIGH than on all pairs, for each seed. part:
+    "threshold", both scores above it; "low", both below 1 less it."""
+    everywhere, beyond = (output.select(rows, part=part, quantile=q) for q in (0.0, HIGH))
+    return output.less(output.column(everywhere, name), output.column(beyond, name))
 
 
 def draw(plt, rows):
@@ -135,7 +135,7 @@ def draw(plt, rows):
     plt.ylabel("how often it is right")
     plt.legend()
     plt.subplot(1, 2, 2)
-    mine = output.select(rows, part="threshold", PM=HELPFUL)
+    mine = output.select(rows, part="threshold")
     for name, label in (("accuracy", "helpful-only PM"), ("bayes", "ceiling")):
         curve(plt, QUANTILES, output.samples(mine, name, "quantile", QUANTILES), label)
     plt.xlabel("both scores above this quantile")
@@ -150,15 +150,18 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
     outcome, well = sentence("a helpful-only PM's scores are honest probabilities", [
         Claim("its ECE", of(HELPFUL, "ECE"), below=WELL),
-        Claim("with margins shuffled, the control", of(SHUFFLED, "ECE"), above=WELL)])
+        Claim("with their sizes shuffled, the control", of(SHUFFLED, "ECE"), above=WELL)])
+    high, low = fall(rows, "threshold", "accuracy"), fall(rows, "low", "accuracy")
     _, less = sentence("it is less often right among high scores", [
-        Claim(f"accuracy above the {HIGH:.0%} quantile, less than on all pairs by",
-              fall(rows, HELPFUL, "accuracy"), above=0.0),
-        Claim("with scores shuffled, the control", fall(rows, SHUFFLED, "accuracy"), below=0.05)])
+        Claim(f"accuracy above the {HIGH:.0%} quantile, less than on all pairs by", high,
+              above=0.0),
+        Claim(f"the same, less the fall below the {1 - HIGH:.0%} quantile, the control",
+              output.less(high, low), above=0.0)])
     _, under = sentence("a PM of both kinds is under-confident",
                         [Claim("its confidence less its accuracy", of(MIXED, "bias"), below=0.0)])
-    ceiling, _ = output.mean_se(fall(rows, HELPFUL, "bayes"))
-    return outcome, f"{well} {less} The ceiling falls by {ceiling:.3f}. {under}"
+    ceilings = [output.mean_se(fall(rows, part, "bayes"))[0] for part in ("threshold", "low")]
+    return outcome, (f"{well} {less} The ceiling falls by {ceilings[0]:.3f} and {ceilings[1]:.3f}. "
+                     f"{under}")
 
 
 def experiment(args):
@@ -173,7 +176,9 @@ def experiment(args):
           "in nats a pair")
     output.table(output.means(output.select(rows, part="calibration"), ("PM",)))
     print("Helpful-only PM: pairs whose scores are both above a quantile of all scores")
-    output.table(output.means(output.select(rows, part="threshold", PM=HELPFUL), ("quantile",)))
+    output.table(output.means(output.select(rows, part="threshold"), ("quantile",)))
+    print("and pairs whose scores are both below 1 less a quantile")
+    output.table(output.means(output.select(rows, part="low"), ("quantile",)))
     _, sentences = verdict(rows)
     output.finish("calibration", args, rows, lambda plt: draw(plt, rows), sentences)
 

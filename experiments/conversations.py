@@ -35,18 +35,26 @@ from data import ASSISTANT, HUMAN, Comparison
 from toy import mean_or_nan
 from toy_people import next_question
 
-GROUPS = {"picked": "", "random": "random", "again": "random"}  # what they go on from (collect.py)
 EQUAL = 0.01  # accuracies up to here apart count as nearly constant
 
 # ---- 1. Conversations --------------------------------------------------------
 
 
-def hold(run, turns: int, kind: str, n: int, name: str, keep: str = "",
-         held_out: bool = False) -> list[Exchange]:
-    """n conversations of so many exchanges; those that ended early are left out, in all groups."""
-    exchanges = lab.conversations(run, kind, n, name, keep, held_out, turns)
-    whole = {exchange.conversation for exchange in exchanges if exchange.turn == turns}
-    return [exchange for exchange in exchanges if exchange.conversation in whole]
+def whole(exchanges: list[Exchange], turns: int) -> set[int]:
+    """The numbers of the conversations that did not end early."""
+    return {exchange.conversation for exchange in exchanges if exchange.turn == turns}
+
+
+def hold(run, turns: int, kind: str, n: int, name: str, keeps: list[str],
+         held_out: bool = False) -> list[list[Exchange]]:
+    """n conversations of the same people for each of `keeps` (collect.converse). Those that end
+    early in one group are left out in all, so that the groups stay alike."""
+    groups = [lab.conversations(run, kind, n, name, keep, held_out, turns) for keep in keeps]
+    numbers = set.intersection(*[whole(exchanges, turns) for exchanges in groups])
+    kept = []
+    for exchanges in groups:
+        kept.append([exchange for exchange in exchanges if exchange.conversation in numbers])
+    return kept
 
 
 def at(exchanges: list[Exchange], turn: int) -> list[Exchange]:
@@ -78,11 +86,10 @@ def probe(run, last: list[Exchange], model: str) -> float:
 
 def drift(run, turns: int, kind: str, n: int) -> tuple[list[dict], list[Exchange]]:
     """A row for each group, and the exchanges of the conversations that go on from the pick."""
-    rows, picked = [], []
-    for group, keep in GROUPS.items():
-        name = f"drift {kind}" + (" again" if group == "again" else "")
-        exchanges = hold(run, turns, kind, n, name, keep)
-        picked = picked or exchanges
+    rows = []
+    picked, random = hold(run, turns, kind, n, f"drift {kind}", ["", "random"])
+    [again] = hold(run, turns, kind, n, f"drift {kind} again", ["random"])  # other people
+    for group, exchanges in (("picked", picked), ("random", random), ("again", again)):
         row = {"part": "drift", "seed": run.seed, "kind": kind, "group": group,
                "n": len(at(exchanges, 1))}
         for turn in range(1, turns + 1):
@@ -162,7 +169,7 @@ def one_seed(run, turns: int, n: int, n_test: int) -> list[dict]:
         train += [exchange.comparison for exchange in compared(picked)]
     pm = lab.train_pm_on(run, train)
     for kind in lab.KINDS:
-        test = hold(run, turns, kind, n_test, f"test {kind}", held_out=True)
+        [test] = hold(run, turns, kind, n_test, f"test {kind}", [""], held_out=True)
         rows += by_turn(run, pm, kind, test)
     return rows
 

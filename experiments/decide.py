@@ -132,14 +132,26 @@ def decide_all(claims: list[Claim]) -> tuple[str, list[Decision]]:
     return "HOLDS", decisions
 
 
+def less_control(claim: Claim, control: Claim) -> Claim:
+    """That the effect is further in the claimed direction than the control's of the same seed."""
+    differences = [x - y for x, y in zip(claim.values, control.values, strict=True)]
+    name = f"{claim.name}, less the control's"
+    if claim.above > -math.inf:
+        return Claim(name, differences, above=0.0)
+    return Claim(name, differences, below=0.0)
+
+
 def sentence(title: str, claims: list[Claim],
              control: list[Claim] | None = None) -> tuple[str, str]:
     """The finding's outcome, and one sentence with every claim's number, interval and threshold.
 
-    control: the same claims, measured where the finding's cause is taken away. A finding that holds
-    there, too, is no finding: then the outcome is "DOES NOT HOLD"."""
-    outcome, decisions = decide_all(claims)
-    words = ""
+    control: the same claims (or the first of them), measured where the finding's cause is taken
+    away. The effect must also exceed the control's, seed by seed. A finding that holds there, too,
+    is no finding: then the outcome is "DOES NOT HOLD"."""
+    own, words = list(claims), ""
+    for claim, other in zip(claims, control or []):
+        own.append(less_control(claim, other))
+    outcome, decisions = decide_all(own)
     if control is not None:
         of_control, measured = decide_all(control)
         words = f" Control, {of_control}: " + "; ".join(map(str, measured)) + "."

@@ -10,7 +10,7 @@ players are policies of a whole run (`lab.trained`), and two that are trained he
                      policy, hence "static"
   online RLHF        the same with as many helpful comparisons on the same prompts: a third as they
                      were; a third about replies that were the best of 4 by a PM of the first
-                     (rejection sampling; HH up to 16); a third about replies of snapshots of RLHF
+                     (rejection sampling; HH mostly 16); a third about replies of snapshots of RLHF
                      against a PM of both. The red-team comparisons are static, as in HH (§2.3)
   helpful-only RLHF  the PM and the prompts are helpful ones only
 
@@ -78,6 +78,7 @@ def train_players(run, cfg: RLConfig, early: RLConfig) -> tuple:
     for kind in lab.KINDS:
         path = run.path("comparisons") / f"{kind}-base" / "train.jsonl"
         static[kind], _ = read_comparisons(path, kind)
+        run.rng("elo", "order", kind).shuffle(static[kind])  # the file goes turn by turn
 
     def fit(pairs):
         return lab.train_pm_on(run, pairs, PMConfig().harmless_weight, start=pmp)
@@ -217,7 +218,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
          Claim("red-team", lead("harmless", RLHF, BASE), above=0),
          Claim("helpful-only above RLHF, helpful", lead("helpful", HELPFUL, RLHF), above=-MARGIN),
          Claim("RLHF above helpful-only, red-team", lead("harmless", RLHF, HELPFUL), above=0)])
-    _, online = sentence("with as many comparisons, online is above static RLHF",
+    _, online = sentence("with about as many comparisons, online is above static RLHF",
                          [Claim("Elo, helpful", lead("helpful", ONLINE, RLHF), above=0)])
     return outcome, f"{words} {online}"
 

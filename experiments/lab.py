@@ -168,13 +168,15 @@ def load(run: Run, name: str = "initial.pt") -> GPT:
 def comparisons(run: Run, n: int, kind: str = "helpful", name: str = "train",
                 policy: GPT | None = None, noise: float = 1.0) -> list[Comparison]:
     """At most n labeled comparisons of a policy's replies, by default the initial policy's. n pairs
-    are sampled; identical, empty and unfinished ones are dropped (collect.collect).
+    are sampled; identical, empty and unfinished ones are dropped (collect.collect). They come in
+    random order, so that a part of them is a fair sample; conversations yield them turn by turn.
 
     name: seeds the draw; names that begin with "test" use held-out prompts.
     noise: temperature of the crowdworkers' choices."""
     with silence():
         policy = policy or load(run)
-        return collect(run, PMConfig(noise=noise), policy, kind, name, n)
+        pairs = collect(run, PMConfig(noise=noise), policy, kind, name, n)
+    return run.rng("lab", "order", kind, name).sample(pairs, len(pairs))
 
 
 def by_coin(rng, pairs: list[Comparison]) -> list[Comparison]:

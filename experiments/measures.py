@@ -88,7 +88,7 @@ def threshold_curve(chosen, rejected, thresholds, p_chosen=None):
     HH see the accuracy fall as the threshold rises, and give three reasons: finer distinctions,
     little data at high scores, smaller gaps. The ceiling shows how much is due to the labels."""
     chosen, rejected = to_float64(chosen), to_float64(rejected)
-    agrees = agreement(chosen - rejected)
+    agrees = agreement(chosen - rejected, p_chosen)
     p = torch.full_like(agrees, math.nan) if p_chosen is None else to_float64(p_chosen)
     best_guess = torch.maximum(p, 1 - p)  # always choosing the likelier reply: no PM can do better
     accuracy, ceiling, counts = [], [], []

@@ -89,7 +89,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
         return [our["gain"] / crowds["gain"] for our, crowds in zip(ours, crowd)]
 
     return sentence(
-        "prompts that the model wrote are as good for RL as the crowd's",
+        "prompts that the model wrote, less the unusable ones, are as good for RL as the crowd's",
         [Claim("gain, as a share of the crowd prompts', with written ones", ratios(WRITTEN),
                above=0.9, below=1.1),
          Claim("with half of each", ratios(MIXED), above=0.9, below=1.1),

@@ -151,7 +151,9 @@ def refusal_verdict(rows: list[dict]) -> tuple[str, str]:
     outcome, words = decide.sentence(
         "many red-team prompts in RL teach to refuse what only looks harmful",
         [Claim(f"refused look-alikes, {SHARES[0]:.0%} less {SHARES[1]:.0%} red-team prompts",
-               differences(rows, "look-alikes", most, fewest), above=0.0)])
+               differences(rows, "look-alikes", most, fewest), above=0.0),
+         Claim(f"{SHARES[0]:.0%} less the initial policy",
+               differences(rows, "look-alikes", most, {"group": "initial"}), above=0.0)])
     chance = mean_or_nan(differences(rows, "look-alikes", {"group": "worst again"}, most))
     others = mean_or_nan(differences(rows, "others", most, fewest))
     return outcome, (f"{words} Control: at the same share, other people {chance:+.3f}. Other benign "

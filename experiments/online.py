@@ -125,7 +125,7 @@ def draw(plt, rows):
     for row, style in zip(output.select(rows, part="PM", seed=rows[0]["seed"]), ("-", "--", ":")):
         plt.hist(row["scores"], 30, density=True, histtype="step", ls=style, label=row["pairs"])
     plt.xlabel("score by the online PM (first seed)")
-    plt.ylabel("density of chosen replies")
+    plt.ylabel("density of both replies of a pair")
     plt.legend()
 
 

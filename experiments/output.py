@@ -125,7 +125,8 @@ def arguments(description: str, **more) -> argparse.Namespace:
 
 
 def parts_folder(name: str, args) -> Path:
-    return OUT / f"{name}-{'full' if args.full else 'quick'}"
+    """Of a script that has not ended yet. Its rows are of no use to a script with other code."""
+    return OUT / f"{name}-{'full' if args.full else 'quick'}-{code_hash(name)}"
 
 
 def once(name: str, args, part: str, measure) -> list[dict]:

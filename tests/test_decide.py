@@ -29,7 +29,11 @@ def test_quantiles_of_a_printed_table(df, t):
 def test_a_finding_that_holds_in_its_control_does_not_hold():
     real, flat = Claim("a", [1.0, 1.1, 0.9, 1.0], above=0.0), Claim("b", [0.1, -0.1, 0.1, 0.0], 0.0)
     assert sentence("x", [real], [flat])[0] == "HOLDS"
-    assert sentence("x", [real], [real, flat])[0] == "HOLDS"  # not all of it holds there
+    low = Claim("c", [-x for x in real.values], below=-0.5)
+    assert sentence("x", [real, low], [flat])[0] == "HOLDS"  # a control of the first claim alone
+    assert sentence("x", [low], [flat])[1].count("c, less the control's: -1.0") == 1
+    noisy = Claim("d", [0.9, 1.4, 0.6, 0.9], above=1.0)  # it does not hold, but is no smaller
+    assert sentence("x", [real], [noisy])[0] == "NOT DECIDED"
     outcome, words = sentence("x", [real], [real])
     assert outcome == "DOES NOT HOLD" and words.startswith("DOES NOT HOLD: x. a: 1.000 [")
     assert "Control, HOLDS: a: 1.000 [" in words and sentence("x", [flat], [real])[0] != "HOLDS"

@@ -80,19 +80,19 @@ def elos(rlhf=(80, 80), only=(60, -200), n=4) -> list[dict]:
     return rows
 
 
-def calibrations(ece=0.02, control=0.2, bias=-0.01, fall=0.1, n=4) -> list[dict]:
-    """Rows of calibration.py; the PMs "mean of 3 PMs" and "batch 32" do not decide."""
-    rows, shuffled = [], "margins shuffled (control)"
+def calibrations(ece=0.02, control=0.2, bias=-0.01, fall=0.1, low=0.02, n=4) -> list[dict]:
+    """Rows of calibration.py; the other PMs do not decide."""
+    rows, shuffled = [], "sizes of margins shuffled (control)"
     for seed in range(n):
         wobble = seed * 1e-4
         for pm, numbers in (("helpful", (ece, 0.5)), ("mixed", (0.5, bias)),
-                            (shuffled, (control, 0.5)), ("batch 32", (9.0, 9.0))):
+                            (shuffled, (control, 0.5)), ("mixed, batch 32", (9.0, 9.0))):
             rows.append({"seed": seed, "part": "calibration", "PM": pm,
                          "ECE": numbers[0] + wobble, "bias": numbers[1] + wobble})
-        for pm, falls in (("helpful", (fall, 0.15)), (shuffled, (0.0, 9.0))):
+        for part, falls in (("threshold", (fall, 0.15)), ("low", (low, 0.05))):
             for quantile, at in ((0.0, 0), (0.7, 1), (0.9, 5)):
-                rows.append({"seed": seed, "part": "threshold", "PM": pm, "quantile": quantile,
-                             "accuracy": 0.8 - at * falls[0] + at * wobble,
+                rows.append({"seed": seed, "part": part, "quantile": quantile,
+                             "accuracy": 0.8 - at * falls[0] + at * wobble * (part != "low"),
                              "bayes": 0.8 - at * falls[1]})
     return rows
 
@@ -111,9 +111,9 @@ def lines(r2=0.98, in_kl=0.9, slope=1.2, control=0.5, n=4) -> list[dict]:
     return rows
 
 
-def optimized(gap=0.5, fall=0.4, control=-0.3, n=4) -> list[dict]:
+def optimized(gap=0.5, fall=0.4, control=-0.3, lost=0.1, truth=0.5, n=4) -> list[dict]:
     """Rows of robustness.py. Where the first run ends, at sqrt(KL) = 2, the test PM confirms 0.75
-    of the toy PMs' gain and half of the small PMs'."""
+    of the toy PMs' gain, halfway 0.75 + lost; and half of the small PMs', which end at 4."""
     rows = []
     for seed in range(n):
         wobble = seed * 1e-4
@@ -123,9 +123,11 @@ def optimized(gap=0.5, fall=0.4, control=-0.3, n=4) -> list[dict]:
                                    "fall": fall + end - 2 + wobble})
             rows.append(setting | {"part": "end", "control": True, "gap": control + wobble,
                                    "fall": 9.0, "last_sqrt_kl": 0.1})
-            for distance in (0.0, 1.0, 2.0, end):
-                confirmed = min(distance, 2.0) * (test + wobble * (size == "toy"))
-                rows.append(setting | {"part": "path", "sqrt_kl": distance, "truth": 1.0,
+            for distance in dict.fromkeys((0.0, 1.0, 2.0, end)):
+                share = test + wobble * (size == "toy") + lost * (distance == 1)
+                confirmed = min(distance, 2.0) * share
+                rows.append(setting | {"part": "path", "sqrt_kl": distance,
+                                       "truth": 1.0 + (truth + wobble) * (size == "toy"),
                                        "train_pm": distance, "test_pm": confirmed})
     return rows
 
@@ -159,12 +161,13 @@ def pretrained(ranked=0.05, binarized=-0.1, control=-0.01, n=4) -> list[dict]:
 
 
 def skills(small=0.1, large=0.02, text=-0.01, n=4) -> list[dict]:
-    """Rows of alignment_tax.py; RLHF costs 0.01, and distillation the rest."""
+    """Rows of alignment_tax.py; RLHF costs 0.02 and 0.01, and distillation the rest."""
     rows = []
     for seed in range(n):
-        for size, tax in (("small", small + seed * 1e-4), ("medium", 9.0), ("toy", large)):
+        for size, tax, of_rlhf in (("small", small + seed * 1e-4, 0.02), ("medium", 9.0, 9.0),
+                                   ("toy", large, 0.01 + seed * 1e-6)):
             with_text = text if size == "small" else 0.0
-            for stage, lost in (("LM", 0.0), ("initial", tax - 0.01 - seed * 1e-5), ("RLHF", tax),
+            for stage, lost in (("LM", 0.0), ("initial", tax - of_rlhf - seed * 1e-5), ("RLHF", tax),
                                 ("RLHF with text (control)", with_text)):
                 rows.append({"seed": seed, "size": size, "stage": stage, "zero": 0.9 - lost,
                              "few": 0.5})
@@ -235,7 +238,7 @@ def drifts(up=0.2, down=-0.2, n=4) -> list[dict]:
     return rows
 
 
-def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
+def policies(best=0.3, alike=0.5, initial=0.2, n=4) -> list[dict]:
     """Of one PM and policy for each group of negotiator.py; only worst has two shares."""
     rows = []
     for seed in range(n):
@@ -244,9 +247,10 @@ def policies(best=0.3, alike=0.5, n=4) -> list[dict]:
                                                 ("best", 0.9, best, 0.25),
                                                 ("worst again", 0.9, 0.11, 9.0)):
             is_most = (group, share) == ("worst", 0.9)
+            refused = alike + seed * 1e-4 if is_most else initial if group == "initial" else 0.2
             rows.append({"seed": seed, "group": group, "red_team_share": share,
                          "negotiator": negotiator + seed * 1e-4 * is_most, "on first turns": first,
-                         "look-alikes": alike + seed * 1e-4 if is_most else 0.2,
+                         "look-alikes": refused,
                          "others": 0.04 if is_most else 0.02})
     return rows
 
@@ -369,10 +373,10 @@ NO, PART, OPEN = "DOES NOT HOLD", "HOLDS IN PART", "NOT DECIDED"
 VERDICTS = {
     "alignment_tax": (
         (skills(),),
-        [(skills(small=-0.01),), (skills(large=0.11),), (skills(small=0.12, text=0.12),),
-         (skills(n=3), OPEN)],
+        [(skills(small=-0.01),), (skills(large=0.11),), (skills(n=3), OPEN)],
         ["zero-shot tax at small: 0.100 [", "less that at toy: 0.080 [",
-         "Control, DOES NOT HOLD: zero-shot tax at small: -0.010", "DOES NOT HOLD: RLHF gives the",
+         " HOLDS: so does RLHF alone. zero-shot tax at small: 0.020 [", "at toy: 0.010 [",
+         "Control, DOES NOT HOLD: zero-shot tax at small: -0.090", "DOES NOT HOLD: RLHF gives the",
          "zero-shot gain at toy: -0.010 ["]),
     "best_of_n": (
         (samples(),),
@@ -399,7 +403,7 @@ VERDICTS = {
          (elos(only=(80, 90)),), (elos(only=(45, -200)), OPEN), (elos(n=3), OPEN)],
         ["Elo of RLHF above the initial policy, helpful: 80.000 [",
          "helpful-only above RLHF, helpful: -20.000 [", "threshold above -35",
-         "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with as many"]),
+         "RLHF above helpful-only, red-team: 280.000 [", "DOES NOT HOLD: with about as many"]),
     "grouped": (
         (two_ways(control=0.02),),  # that shuffling overfits has a sentence of its own
         [(two_ways(many=-0.02),), (two_ways(few=-0.02),), (two_ways(n=3), OPEN)],
@@ -476,10 +480,11 @@ VERDICTS = {
     "robustness": (
         (optimized(),),
         [(optimized(gap=-0.1),), (optimized(fall=-0.1),), (optimized(control=0.1),),
-         (optimized(n=3), OPEN)],
+         (optimized(lost=-0.1),), (optimized(n=3), OPEN)],
         ["train PM's gain less the test PM's: 0.500 [", "fall of the truth from its peak: 0.400 [",
          "Control, DOES NOT HOLD: train PM's gain less the test PM's: -0.300 [",
-         "HOLDS: larger PMs are more robust", "toy less small: 0.250 ["]),
+         "share confirmed halfway less that at the end: 0.100 [",
+         " HOLDS: larger PMs are more robust", "toy less small: 0.250 [", "small: 0.500 ["]),
     "sft": (
         (sft_epochs(cooled=0.1),),  # that the cooled epoch is as good has a sentence of its own
         [(sft_epochs(loss=-0.01),), (sft_epochs(score=-0.1),), (sft_epochs(truth=-0.1),),
@@ -533,9 +538,16 @@ def test_a_verdict_fails_as_soon_as_one_condition_does(name):
         assert outcome == expected and sentence.startswith(expected), arguments
 
 
+def test_larger_pms_and_the_tax_of_rlhf_have_their_own_verdicts():
+    robustness, tax = (importlib.import_module(name) for name in ("robustness", "alignment_tax"))
+    assert "DOES NOT HOLD: larger PMs" in robustness.verdict(optimized(truth=-0.1))[1]
+    assert "DOES NOT HOLD: so does RLHF alone" in tax.verdict(skills(text=0.2))[1]
+
+
 def test_over_refusal_has_its_own_verdict():
     refusal_verdict = importlib.import_module("negotiator").refusal_verdict
-    for rows, expected in ((policies(), "HOLDS"), (policies(alike=0.1), NO), (policies(n=3), OPEN)):
+    for rows, expected in ((policies(), "HOLDS"), (policies(alike=0.1), NO), (policies(n=3), OPEN),
+                           (policies(initial=0.6), NO)):
         outcome, sentence = refusal_verdict(rows)
         assert outcome == expected and sentence.startswith(expected)
         assert "benign requests +0.020" in sentence and "other people " in sentence
@@ -876,10 +888,10 @@ def test_a_full_run_writes_its_rows_and_a_picture(tmp_path, monkeypatch, capsys)
     pictures = []
     monkeypatch.setattr(output, "save_picture", lambda path, draw: pictures.append((path, draw)))
     args, draw = SimpleNamespace(tiny=False, full=False, redraw=False, start=0.0), object()
-    output.finish("name", args, [{"a": 1}, {"a": 2, "b": 0.5}], draw, "HOLDS: it does.")
-    with open(tmp_path / "out" / "name.csv", newline="") as file:
+    output.finish("elo", args, [{"a": 1}, {"a": 2, "b": 0.5}], draw, "HOLDS: it does.")
+    with open(tmp_path / "out" / "elo.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}, {"a": "2", "b": "0.5"}]
-    assert pictures == [(output.PICTURES / "name.png", draw)]
+    assert pictures == [(output.PICTURES / "elo.png", draw)]
     assert capsys.readouterr().out.splitlines()[-1].startswith("HOLDS: it does.")
 
 
@@ -893,22 +905,24 @@ def test_a_stopped_script_measures_only_what_is_missing(tmp_path, monkeypatch, c
         return [{"seed": len(calls), "x": math.inf}]
     quick, tiny = (SimpleNamespace(**vars(args) | change) for change in ({"full": False},
                                                                          {"tiny": True}))
-    first = output.once("name", args, "seed-0", measure)
-    assert output.once("name", args, "seed-0", measure) == first == [{"seed": 1, "x": math.inf}]
+    first = output.once("elo", args, "seed-0", measure)
+    assert output.once("elo", args, "seed-0", measure) == first == [{"seed": 1, "x": math.inf}]
     assert "stopped run" in capsys.readouterr().out and len(calls) == 1
     for part, options in (("seed-1", args), ("seed-0", quick), ("seed-0", tiny), ("seed-0", tiny)):
-        output.once("name", options, part, measure)
+        output.once("elo", options, part, measure)
     assert len(calls) == 5
-    output.finish("name", args, first, None, "HOLDS.")  # its parts go; another setting's stay
-    output.once("name", quick, "seed-0", measure)
+    output.finish("elo", args, first, None, "HOLDS.")  # its parts go; another setting's stay
+    output.once("elo", quick, "seed-0", measure)
     assert len(calls) == 5
-    output.once("name", args, "seed-0", measure)
+    output.once("elo", args, "seed-0", measure)
     assert len(calls) == 6
     args.seed = 5
-    found = output.each_seed("other", args, 2, lambda seed: [{"seed": seed}])
+    found = output.each_seed("writers", args, 2, lambda seed: [{"seed": seed}])
     assert found == [{"seed": 5}, {"seed": 6}]
-    again = output.each_seed("other", args, 3, lambda seed: [{"seed": -seed}])
+    again = output.each_seed("writers", args, 3, lambda seed: [{"seed": -seed}])
     assert again == found + [{"seed": -7}]
+    monkeypatch.setattr(output, "code_hash", lambda name: "other code")
+    assert output.each_seed("writers", args, 1, lambda seed: [{"seed": 9}]) == [{"seed": 9}]
 
 
 def test_a_picture_is_drawn_anew_from_the_rows_of_the_last_run(tmp_path, monkeypatch, capsys):
@@ -964,6 +978,13 @@ def test_pictures_show_means_with_intervals_side_by_side_and_a_line_for_each_see
     assert (ours, others) == (([0, 4], [1, 5]), ([2], [3]))
     assert looks == {"marker": "", "label": "PM"}
     assert same == {"marker": "", "color": "red", "linestyle": ":"}
+
+
+def test_a_part_of_the_comparisons_has_all_turns(run):
+    pairs = lab.comparisons(run, 60)
+    turns = [pair.prompt.count("Human:") for pair in pairs]
+    assert turns != sorted(turns) and len(set(turns)) > 1
+    assert lab.comparisons(run, 60) == pairs
 
 
 def some_pairs(run):

@@ -86,7 +86,8 @@ def test_a_threshold_curve_against_brute_force():
         n, right, best = 0, 0.0, 0.0
         for c, r, p in zip(chosen.tolist(), rejected.tolist(), p_chosen.tolist()):
             if c > threshold and r > threshold:
-                n, right, best = n + 1, right + (c > r) + 0.5 * (c == r), best + max(p, 1 - p)
+                n, best = n + 1, best + max(p, 1 - p)
+                right += p if c > r else 1 - p if c < r else 0.5
         assert (counts[k], accuracy[k], ceiling[k]) == approx((n, right / n, best / n))
     assert counts[-1] == 0 and accuracy[-1].isnan() and ceiling[-1].isnan()
     assert threshold_curve(chosen, rejected, thresholds)[1].isnan().all()  # no p_chosen

@@ -46,10 +46,20 @@ def say(monkeypatch):
 # ---- 1. conversations.py -----------------------------------------------------
 
 
-def test_conversations_that_end_early_are_left_out(run, say):
-    """This player does not finish one in four replies to a first question."""
-    say(lambda prompt, i: None if prompt.count(HUMAN) == 1 and i % 4 == 1 else answer(prompt))
-    exchanges = conversations.hold(run, 3, "helpful", 40, "x", held_out=True)
+def test_conversations_that_end_early_in_one_group_are_left_out_in_all(run, say):
+    """This player does not finish one in four replies to a first question, and one in eight to a
+    second one if the worse reply was kept."""
+    def speak(prompt, i):
+        if prompt.count(HUMAN) == 1:
+            return None if i % 4 == 1 else answer_or_refuse(prompt, i)
+        return None if REFUSAL in prompt and i % 8 == 2 else answer(prompt)
+    say(speak)
+    better, worse = conversations.hold(run, 3, "helpful", 40, "x", ["chosen", "rejected"],
+                                       held_out=True)
+    [alone] = conversations.hold(run, 3, "helpful", 40, "x", ["chosen"], held_out=True)
+    assert 0 < len(better) < len(alone)
+    assert [e.conversation for e in better] == [e.conversation for e in worse]
+    exchanges = better
     for turn in (1, 2, 3):
         now = conversations.at(exchanges, turn)
         assert {exchange.turn for exchange in now} == {turn} and 0 < len(now) < 40
@@ -88,17 +98,20 @@ def test_the_probe_is_the_same_question_whatever_was_said(run, say, monkeypatch)
 def test_groups_differ_in_what_they_go_on_from(run, monkeypatch):
     calls = []
 
-    def hold(run, turns, kind, n, name, keep="", held_out=False):
-        calls.append((turns, kind, n, name, keep))
-        return [SimpleNamespace(turn=turn, conversation=0, kind=kind, group=len(calls),
-                                prompt=FRANCE, replies=[SimpleNamespace(text=text)])
-                for turn, text in ((1, REFUSAL), (2, " Paris."))]
+    def hold(run, turns, kind, n, name, keeps, held_out=False):
+        calls.append((turns, kind, n, name, keeps))
+        groups = []
+        for keep in keeps:
+            groups.append([SimpleNamespace(turn=turn, conversation=0, kind=kind, group=keep,
+                                           prompt=FRANCE, replies=[SimpleNamespace(text=text)])
+                           for turn, text in ((1, REFUSAL), (2, " Paris."))])
+        return groups
     monkeypatch.setattr(conversations, "hold", hold)
     monkeypatch.setattr(conversations, "probe", lambda run, last, model: model)
     rows, picked = conversations.drift(run, 2, "helpful", 5)
-    assert [call[3:] for call in calls] == [("drift helpful", ""), ("drift helpful", "random"),
-                                            ("drift helpful again", "random")]
-    assert [exchange.group for exchange in picked] == [1, 1]
+    assert [call[3:] for call in calls] == [("drift helpful", ["", "random"]),
+                                            ("drift helpful again", ["random"])]
+    assert [exchange.group for exchange in picked] == ["", ""]
     assert rows[1] == {"part": "drift", "seed": 7, "kind": "helpful", "group": "random", "n": 1,
                        "turn 1": -1.0, "turn 2": 3.0, "probe": "initial.pt", "LM probe": "lm.pt"}
 
@@ -290,7 +303,7 @@ def test_ppo_draws_from_the_prompts_that_it_is_given(run, monkeypatch, tmp_path)
 
     class Learner:
         def __init__(self, run, cfg, reference, pm):
-            self.policy = None
+            self.result = None
 
         def iterate(self, prompts, iteration):
             drawn[name] = set(prompts.draw(40, "train", iteration, held_out=False).texts)
