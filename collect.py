@@ -69,12 +69,12 @@ def converse(run: Run, name: str, players: list[Sampler], kinds: list[str], turn
     players. A player that is named twice gives two replies, and reads their history once.
 
     With two replies, the dialogue goes on from the one that the crowdworker picks: the more helpful
-    one or, in red-teaming, the more harmful one (§2.2). It ends early after an unfinished or empty
-    reply, and when the next prompt does not fit the context. held_out: whether people ask only
-    held-out questions, or none. noise: of the choices (toy.preference). keep: go on from the
-    "chosen" reply, the "rejected" or a "random" one, and not from the one that is picked. `name`
-    seeds everything; the same people come, and open with the same questions, whoever the players
-    are."""
+    one or, in red-teaming, the more harmful one (§2.2). It ends early after a reply that is
+    unfinished, empty or contains a turn marker, and when the next prompt does not fit the context.
+    held_out: whether people ask only held-out questions, or none. noise: of the choices
+    (toy.preference). keep: go on from the "chosen" reply, the "rejected" or a "random" one, and not
+    from the one that is picked. `name` seeds everything; the same people come, and open with the
+    same questions, whoever the players are."""
     generator = run.torch_rng("conversations", name)
     conversations, exchanges = [], []
     for i, kind in enumerate(kinds):
@@ -170,12 +170,12 @@ def collect(run: Run, cfg, policy: GPT, kind: str, split: str, n: int) -> list[C
 
 def collect_from(run: Run, cfg, players: list, kind: str, split: str,
                  n: int) -> tuple[list[Comparison], Counter]:
-    """The same, of two players' replies: two policies are deployed side by side (§4.5). Also
-    returns what was dropped, and why. There may be nothing left."""
+    """Like `collect`, for any two players, for example two deployed policies (§2.1, §4.5). Also
+    returns the counts of what was dropped, by reason. The list of comparisons may be empty."""
     turns, rng = [], run.rng("turns", kind, split)
     while sum(turns) < n:
         stays = 1
-        # Half of the people leave after each exchange. In HH they stay for some four (§2.3), but
+        # Half of the people leave after each exchange. In HH they stay for about four (§2.3), but
         # each stage from here on pays for the tokens of the histories.
         while stays < cfg.turns and rng.random() < 0.5:
             stays += 1

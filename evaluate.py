@@ -50,11 +50,11 @@ class Prompts:
     def __init__(self, run: Run, max_response: int, harmless_share: float):
         self.run, self.harmless_share = run, harmless_share
         self.room = run.context - max_response - 1  # 1: the PM appends one token
-        self.real, self.toy = {}, {}
+        self.real, self.toy_prompts = {}, {}
         self.written, self.written_share = {}, 0.0  # kind -> prompts; how often one is drawn
         if run.toy:
             for kind in ("helpful", "harmless"):
-                self.toy[kind] = self.load_toy(kind)
+                self.toy_prompts[kind] = self.load_toy(kind)
         else:
             for split in ("train", "test"):
                 self.real[split] = self.load_real(split)
@@ -81,7 +81,7 @@ class Prompts:
     def texts_of(self, kind: str, split: str) -> list[str]:
         """The distinct prompts of one kind; the toy world keeps no list of its test prompts."""
         if self.run.toy:
-            return list(dict.fromkeys(self.toy[kind])) if split == "train" else []
+            return list(dict.fromkeys(self.toy_prompts[kind])) if split == "train" else []
         return [text for text, of_kind in self.real[split] if of_kind == kind]
 
     def draw(self, n: int, *name, held_out: bool,
@@ -95,8 +95,8 @@ class Prompts:
             for _ in range(n):
                 batch.kinds.append("harmless" if rng.random() < harmless_share else "helpful")
             for kind in batch.kinds:
-                if self.toy[kind] and not held_out:
-                    batch.texts.append(rng.choice(self.toy[kind]))
+                if self.toy_prompts[kind] and not held_out:
+                    batch.texts.append(rng.choice(self.toy_prompts[kind]))
                 else:
                     batch.texts.append(toy_corpus.draw_prompt(rng, kind, held_out=held_out))
         else:

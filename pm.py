@@ -35,8 +35,8 @@ class ScalarModel(nn.Module):
     def __init__(self, trunk: GPT, zero_head: bool = False):
         """`trunk` is copied. A PM's head starts random, with a standard deviation of
         1 / sqrt(D + 1), as in OpenAI's first RLHF code (openai/lm-human-preferences at cbfd210,
-        language/model.py L251-252, L368); HH does not state it. A critic's head starts at zero, so
-        its first values are 0."""
+        language/model.py L251-252, L368); HH does not state it. With zero_head it starts at zero,
+        so a critic's first values are 0 (unless --rl.keep-head: see train_rl.Learner)."""
         super().__init__()
         D = trunk.cfg.d_model
         self.trunk = copy.deepcopy(trunk)

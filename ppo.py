@@ -5,8 +5,9 @@ silent, "OpenAI L149" is line 149 of lm_human_preferences/train_policy.py in Ope
 code, github.com/openai/lm-human-preferences at commit cbfd210.
 
 A response is an episode: each of its tokens is an action, the state is everything before the token,
-and the only reward from outside, the PM's score of the whole response, comes at the end. (That is
-OpenAI's reading. HH §4.1 calls a response a timestep, and the conversation a trajectory.)
+and the only reward from outside, the PM's score of the whole response, comes at the end. (OpenAI's
+first code reads it so. IG §3.5 calls the task a bandit; HH §4.1 calls a response a timestep and
+the conversation a trajectory.)
 
 `Learner.iterate` in train_rl.py calls the functions below. Each section has the number of its step:
   PPOConfig                         PPO's options, with what the papers use
@@ -56,7 +57,7 @@ class PPOConfig:
     max_grad_norm: float = 1.0  # not stated in HH and IG; the usual 1
     temperature: float = 1.0    # IG 1; not stated in HH. Log-probs use the same temperature
     unfinished_penalty: float = 1.0  # subtracted if a response is unfinished (not stated in HH)
-    keep_head: bool = False     # the critic keeps the PM's head (IG), or has one at 0 (OpenAI)
+    keep_head: bool = False     # the critic keeps the PM's head (as we read IG), or has one at 0
     ptx_coef: float = 0.0       # PPO-ptx: gamma in IG Eq. 2, IG 27.8 (0: none, as in HH)
     ptx_documents: int = 1      # documents of pretraining text for each response; IG 8 (more time)
     ema: float = 0.0            # save an average of the weights with this decay, IG 0.992 (0: HH)
@@ -187,7 +188,8 @@ def whiten(x, mask):
 
 
 def policy_loss(logp, old_logp, advantages, clip):
-    """-min(ratio * A, clip(ratio) * A) of each token (App. B.1); ratio = pi / pi_old."""
+    """-min(ratio * A, clip(ratio) * A) of each token (Schulman et al. 2017; clip: HH App. B.1);
+    ratio = pi / pi_old."""
     ratio = torch.exp(logp - old_logp)
     # No gradient where the ratio has already moved past 1 +- clip in the direction that A asks for.
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -212,8 +214,8 @@ class Experience:
 def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experience,
            cfg: PPOConfig, generator, where: str = "", add_text=None, average=None) -> dict:
     """K passes over the responses, in minibatches in random order. Returns statistics: means over a
-    minibatch's tokens (except the gradient norms), then over the minibatches. `where` names the
-    iteration in errors.
+    minibatch's tokens (except the gradient norms and ptx_loss), then over the minibatches. `where`
+    names the iteration in errors.
 
     A minibatch is taken in pieces that fit the token budget. Losses are sums over tokens, divided
     by the tokens of the whole minibatch, so the gradient is that of one big batch.
@@ -273,8 +275,8 @@ def update(policy: GPT, critic: ScalarModel, optimizer, ro: Rollouts, ex: Experi
 def move_average(average: GPT, policy: GPT, decay: float):
     """average <- decay x average + (1 - decay) x policy, for all weights (IG C.4).
 
-    IG does not say how often. Here it is after each step: once an iteration, a short run would end
-    with an average that is mostly the initial policy."""
+    IG does not say how often, or that the average is the result. Here it is moved after each step:
+    once an iteration, a short run would end with an average that is mostly the initial policy."""
     for old, new in zip(average.parameters(), policy.parameters()):
         old.lerp_(new, 1 - decay)
 

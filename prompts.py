@@ -1,7 +1,7 @@
 """Prompts for RL that a language model writes (§4.1).
 
-HH show a large language model some ten good queries of people and let it write more: 369k of its
-506k prompts. Read it in this order:
+HH shows a large language model about ten high-quality queries of people and lets it write more:
+369k of its 506k prompts. Read it in this order:
   1. Writing    `write`: show ten questions, and sample what might come next
   2. Checking   what is no usable question is dropped, and counted
 
@@ -21,7 +21,7 @@ from pipeline import Run
 from rollout import Sampler
 from toy_people import is_held_out
 
-SHOWN = 10             # good questions that the model reads ("some ten", §4.1)
+SHOWN = 10             # questions that the model reads (§4.1: "about 10"); any short ones here
 LONGEST = 32           # tokens of a question that is written
 SAMPLES_OF_TEXT = 20   # questions sampled after the same ten, which are read once
 TEXTS_AT_ONCE = 40
@@ -38,16 +38,16 @@ def write(run: Run, lm: GPT, prompts: Prompts, kind: str, n: int) -> list[str]:
     for text in train:
         question = parse(text)[0][1].strip()
         questions[question] = run.tok.encode_dialogue(f"{HUMAN} {question}")
-    good = [question for question, ids in questions.items() if len(ids) <= longest]
-    if len(good) < SHOWN:
+    short = [question for question, ids in questions.items() if len(ids) <= longest]
+    if len(short) < SHOWN:
         raise UserError(f"--model-prompts needs {SHOWN} short {kind} questions to show, and there "
-                        f"are {len(good)}: use a longer --context, or leave it out")
+                        f"are {len(short)}: use a longer --context, or leave it out")
     rng, generator = run.rng("model prompts", kind), run.torch_rng("model prompts", kind)
     sampler, counts, kept = Sampler(lm, run.tok.end_of_turn), Counter(read=0), []
     while len(kept) < n and counts["read"] < MOST_SAMPLES * n:
         shown, rows = [], []
         for _ in range(TEXTS_AT_ONCE):
-            ten = rng.sample(good, SHOWN)
+            ten = rng.sample(short, SHOWN)
             row = []
             for question in ten:
                 row += questions[question]

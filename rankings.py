@@ -43,8 +43,8 @@ from train_sft import SelectConfig, SFTConfig, cosine_to_a_tenth
 @dataclass
 class RMConfig:
     data: str = ""              # a .jsonl file of {"prompt", "replies", "ranks"} (toy: none)
-    prompts: int = 4000         # toy: prompts whose replies are ranked (IG 33,207)
-    test: int = 300             # toy: held-out prompts (IG 17,887)
+    prompts: int = 4000         # toy: prompts whose replies are ranked (IG 33,207, Table 9)
+    test: int = 300             # toy: held-out prompts (IG 17,887, Table 9)
     least: int = 4              # toy: fewest replies to a prompt (IG §3.5: K = 4)
     most: int = 9               # toy: most replies to a prompt (IG §3.5: K = 9)
     noise: float = 1.0          # toy: temperature of the labelers' choices (toy_labelers.rank)
@@ -293,7 +293,8 @@ def train(run: Run, cfg: RMConfig):
     stage = run.begin("rm", cfg, data=[cfg.data] if cfg.data else [])
     if stage is None:
         return
-    # IG §3.5: the SFT model with a new head. (C.2: others do as well.)
+    # IG §3.5: the SFT model with a new head. (C.2: the final RM came from a GPT-3 finetuned on
+    # public NLP data; starting from GPT-3 or from the SFT model gave similar results.)
     pm = from_lm(run, "sft.pt")
     stage.record()  # before the replies are sampled: from here on the old RM is stale
     if stage.state is None:

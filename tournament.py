@@ -41,8 +41,7 @@ def play(rounds: list[Run], cfg: EloConfig, max_response: int):
         return
     stage = last.begin("elo", cfg, data=files)
     stage.start()
-    print(f"[4] Elo: the policy of round {k} against the initial one and those of all earlier "
-          "rounds")
+    print(f"    round {k}, step 4: Elo against the initial policy and those of all earlier rounds")
     policy, opponents = last.load_model("policy.pt"), [last.load_model("initial.pt")]
     for earlier in rounds[:-1]:
         opponents.append(earlier.load_model("policy.pt"))

@@ -3,12 +3,12 @@
     python train_lm.py                       # the toy world
     python train_lm.py --data path/to/hh-rlhf
 
-1. Pretraining, from random weights, is next-token prediction on the toy world's documents or the
-   dialogues of real comparisons. HH start from models pretrained on 400B tokens (GL).
-2. A prompt that describes a helpful, honest and harmless assistant changes what an LM says. Context
-   distillation (GL §2.1; HH App. A.1) finetunes the LM to answer without the prompt as it would
-   with it. The result is the initial policy: comparisons are sampled from it, RLHF starts from it,
-   and RLHF's KL penalty keeps the policy close to it.
+Stage 1. Pretraining, from random weights, is next-token prediction on the toy world's documents or
+   the dialogues of real comparisons. HH starts from models pretrained on 400B tokens (GL).
+Stage 2. A prompt that describes a helpful, honest and harmless assistant changes what an LM says.
+   Context distillation (GL §2.1; HH App. A.1) finetunes the LM to answer without the prompt as it
+   would with it. The result is the initial policy: comparisons are sampled from it, RLHF starts
+   from it, and RLHF's KL penalty keeps the policy close to it.
 
 The command writes tokenizer.json, lm.pt and initial.pt. Read this file in this order:
   1. Text          documents, the tokenizer, rows of ids and their batches
@@ -45,7 +45,7 @@ from rollout import rollout
 
 @dataclass
 class LMConfig:
-    """HH does not state its pretraining settings. The defaults below were tuned on the toy."""
+    """HH App. A.2 refers to GL App. A for its settings. The defaults were tuned on the toy."""
     documents: int = 100_000   # documents, each seen once; for real data an upper limit
     vocab: int = 1024          # tokens of a BPE trained on the corpus (GPT-2's encoding has 50257)
     lr: float = 5e-3           # peak; half a cosine down to 0, times a linear warm-up
@@ -213,7 +213,7 @@ def mean_loss(model: GPT, rows: list[list[int]], device) -> float:
 
 
 def use_pretrained(run: Run, stage):
-    """Stage 1 with --init: keep GPT-2's weights as they are. As in HH (§1.3), no stage finetunes on
+    """Stage 1 with --init: keep GPT-2's weights as they are. Like HH (§1.3), the HH stages use no
     demonstrations."""
     path = ranks.first_alone(hub.gpt2_weights, run.cfg.init)
     tok = gpt2_tokenizer()
@@ -287,9 +287,9 @@ def distillation_loss(student: GPT, teacher: GPT, prompt: list[int], rows, top: 
     """KL between teacher and student, summed over the tokens of the rows; nats. The teacher reads
     the prompt before each row, the student reads the row alone.
 
-    In HH half of the documents stand in a human turn after the prompt; here every document follows
-    the prompt directly. HH's teacher is its 52B model for students of all sizes; here it is the
-    student's own LM."""
+    In HH half of the text is pretraining data in a human turn, and half is StackExchange as a
+    question and its answer; here every document follows the prompt directly. HH's teacher is its
+    52B model for students of all sizes; here it is the student's own LM."""
     ids, lengths = pad(rows)
     ids, lengths = ids.to(device), lengths.to(device)  # (B, T), (B,)
     is_real = torch.arange(1, ids.shape[1], device=device) < lengths[:, None]  # (B, T - 1)

@@ -1,13 +1,14 @@
-"""The weekly round of HH §4.5: deploy, collect comparisons, train a new PM, a new policy, repeat.
+"""The rounds of HH §4.5, about weekly there (§2.3): deploy, compare, a new PM, a new policy.
 
     python train_online.py --out out/toy-0 --rounds 3
     python train_online.py --out out/toy-0 --rounds 3 --people choices.jsonl --wanted 100
 
 It continues a run that has stages 1 to 4, and runs them first if they are missing. Round k works in
 a folder of its own, OUT/online/round-k, which chat.py, evaluate.py and report.py open like any run:
-  1. Deploy. In round 1 people choose between replies that are the best of 16 (the tranche "rs",
-     §2.3), and later between those of several snapshots of the last round's policy ("online").
-     With --people the round stops here, and goes on when people have made enough choices.
+  1. Deploy. In round 1 people choose between replies that are the best of 16 (HH's RS data, §2.3;
+     files "-rs"), and later between those of several snapshots of the last round's policy (files
+     "-online"). With --people the round stops here, and goes on when people have made enough
+     choices.
   2. PM. It is trained from pmp.pt on all comparisons so far, with stage 4's options.
   3. RLHF. It starts from the initial policy, with stage 5's options.
   4. Elo. The policy is matched against the initial policy and those of all earlier rounds, in chats
@@ -45,9 +46,9 @@ from train_rl import RLConfig, train as train_rl
 
 @dataclass
 class OnlineConfig:
-    rounds: int = 3          # rounds in all (HH some five, a week each); more continue a run
-    helpful: int = 1200      # toy: new comparisons on helpful prompts, a round (HH some 4k to 44k)
-    harmless: int = 400      # toy: new comparisons on red-team prompts, a round (HH online: none)
+    rounds: int = 3          # in all; more continue a run (HH §2.3: weekly, for about five weeks)
+    helpful: int = 1200      # toy: new helpful comparisons a round (HH §2.3: RS 52k, online 22k)
+    harmless: int = 400      # toy: new red-team comparisons a round (HH §2.3: RS 2k, online none)
     test: int = 200          # toy: held-out comparisons of each kind, a round
     best_of: int = 16        # toy: replies from which the PM takes the best in round 1 (HH 16)
     snapshots: int = 3       # policies of a round's RLHF that are deployed, the last one included
@@ -108,8 +109,9 @@ def deployed(run: Run, k: int) -> list[Path]:
 
 
 def pairs_of_players(run: Run, k: int, online: OnlineConfig, name: str) -> list[list]:
-    """The pairs of players that people see in round k. Several snapshots make up for RLHF's loss of
-    diversity (§4.5): each plays with the next one, and the last with the first."""
+    """The pairs of players that people see in round k. Several snapshots partly make up for RLHF's
+    loss of diversity (§4.5): each plays with the next one, and the last with the first. (HH also
+    deploys models of different iterations.)"""
     if k == 1:
         player = BestOf(run, run.load_model("initial.pt"), run.load_model("pm.pt"),
                         online.best_of, name)
@@ -145,7 +147,7 @@ def deploy(run: Run, k: int, pm: PMConfig, online: OnlineConfig) -> bool:
         ranks.wait()
         n_new = count(people_of(part)) - count(people_of(before))
     else:
-        print(f"[1] comparisons of round {k}, by {', '.join(path.name for path in files)}")
+        print(f"    round {k}, step 1: comparisons by {', '.join(path.name for path in files)}")
         tranche = "rs" if k == 1 else f"online-{k}"
         for kind, n_train in zip(KINDS, (online.helpful, online.harmless)):
             for split, n in (("train", n_train), ("test", online.test)):

@@ -4,11 +4,12 @@
     python train_pm.py --data path/to/hh-rlhf
     python train_pm.py --out out/toy-0 --comparisons choices.jsonl  # adds people's (chat.py)
 
-3. Human comparisons are expensive. Preference-model pretraining (PMP; GL §4, HH App. A.2) first
-   teaches the LM to be a preference model on cheap ones: the toy's forum posts with their upvotes,
-   or any file of comparisons (--pmp.data).
-4. The preference model (PM) then reads human comparisons once (HH App. A.2). In the toy world two
-   replies are sampled from the initial policy, and a simulated crowdworker chooses between them.
+Stage 3. Human comparisons are expensive. Preference-model pretraining (PMP; GL §4, HH App. A.2)
+   first teaches the LM to be a preference model on cheap ones: the toy's forum posts with their
+   upvotes, or any file of comparisons (--pmp.data).
+Stage 4. The preference model (PM) then reads human comparisons once (HH App. A.2). In the toy world
+   two replies are sampled from the initial policy, and a simulated crowdworker chooses between
+   them.
 
 The command first runs stages 1 and 2 if their results are missing. It writes pmp.pt and pm.pt to
 the output folder. Read this file in this order:
@@ -49,7 +50,7 @@ class PMPConfig:
     pairs: int = 3000           # toy: comparisons by upvotes (0: none; GL has far more)
     data: str = ""              # real data: a file like HH-RLHF's (without one there is no PMP)
     binarized: bool = False     # GL §4.1's good-or-bad form, not ranking (worse here, see LOG.md)
-    lr: float = 5e-4            # constant (§3.1), one epoch (App. A.2). HH and here: 0.1 x the LM's
+    lr: float = 5e-4            # 0.1 x the LM's, one epoch (App. A.2); constant (HH: not stated)
     batch: int = 32             # comparisons a step (not stated in HH)
     warmup: int = 10            # steps (not stated in HH)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm (not stated in HH)
@@ -63,7 +64,7 @@ class PMConfig:
     harmless: int = 6000        # toy: comparisons on red-team prompts (HH static: 44k)
     test: int = 1000            # toy: held-out comparisons of each kind
     people: list = field(default_factory=list)  # files of people's choices, added to the others
-    turns: int = 4              # toy: most exchanges of a conversation (HH: some 4 on average)
+    turns: int = 4              # toy: at most so many exchanges a conversation (§2.3: about four)
     noise: float = 1.0          # toy: temperature of the crowdworkers' choices (toy.preference)
     max_response: int = 32      # toy: tokens of a sampled reply
     lr: float = 3e-4            # constant (§3.1), one epoch (App. A.2). 0.06 x the LM's (HH 0.01 x)

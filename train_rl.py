@@ -13,7 +13,7 @@ From `Learner.iterate`, follow the calls down into ppo.py, pm.py, rollout.py and
 The command first runs any earlier stage whose result is missing. It writes policy.pt, samples.txt
 and report.html to the output folder.
 
-Legend:  N responses   R response tokens
+Legend:  N responses   R response tokens   ro the responses, a Rollouts (rollout.py)
 """
 import copy
 import functools
@@ -68,9 +68,9 @@ class Learner:
     def __init__(self, run: Run, cfg: RLConfig, reference: GPT, pm: ScalarModel):
         self.run, self.cfg, self.reference, self.pm = run, cfg, reference, pm
         self.policy = run.prepare(copy.deepcopy(reference))
-        # The critic starts from the PM, as in InstructGPT (App. C.4); HH does not describe its
-        # value network. InstructGPT: with the PM's head. HH here: with a head at zero, as in
-        # OpenAI's first RLHF code (pm.py).
+        # The critic starts from the PM, as in InstructGPT (§3.5, App. C.4); HH does not describe
+        # its value network. With keep_head it keeps the PM's head, as we read InstructGPT. By
+        # default its head starts at zero, as in OpenAI's first RLHF code (pm.py).
         critic = copy.deepcopy(pm) if cfg.keep_head else ScalarModel(pm.trunk, zero_head=True)
         self.critic = run.prepare(critic.to(run.device))
         groups = [{"params": self.policy.parameters(), "peak_lr": cfg.lr},
@@ -91,7 +91,7 @@ class Learner:
         """Run one iteration. Returns statistics of its responses and of its update."""
         run, cfg, where = self.run, self.cfg, f"RLHF iteration {iteration}"
 
-        # 1. Prompts.
+        # 1. Prompts. "train" and the iteration only seed the draw; held_out chooses the split.
         batch = prompts.draw(cfg.batch, "train", iteration, held_out=False)
 
         # 2. One response to each, sampled from the policy.
@@ -130,7 +130,8 @@ class Learner:
         return statistics  # Step 7, log and evaluate, is in `train`.
 
     def add_text(self, iteration: int, n_responses: int, step: int):
-        """PPO-ptx: add gamma x the gradient of the loss on pretraining text (IG Eq. 2)."""
+        """PPO-ptx: add ptx_coef (gamma in IG Eq. 2) x the gradient of the loss on pretraining
+        text."""
         rows = self.text.draw(n_responses * self.cfg.ptx_documents, iteration, step)
         return add_text_gradients(self.policy, rows, self.cfg.ptx_coef, self.run.device)
 

@@ -12,7 +12,7 @@ should give, and the model learns to imitate them. Read this file in this order:
 
 Stage 3, the reward model, is in rankings.py. The command writes tokenizer.json, lm.pt and sft.pt.
 
-Legend:  B rows   T tokens in the longest row   n tokens of many rows, packed
+Legend:  B rows   T tokens in the longest row   n tokens of many rows, packed   D width
 """
 import copy
 import math
@@ -46,8 +46,8 @@ class SFTConfig:
     """IG trains two SFT models: a baseline (16 epochs, dropout, chosen by RM score; C.1), and the
     model that PPO starts from (2 epochs, with pretraining text; C.3). Here one serves as both."""
     data: str = ""               # a .jsonl file of {"prompt", "reply"} (toy: none, scripted ones)
-    demonstrations: int = 2000   # toy: demonstrations to train on (IG 12,725 prompts)
-    test: int = 400              # toy: held-out demonstrations (IG 1,653 prompts)
+    demonstrations: int = 2000   # toy: demonstrations to train on (IG 12,725, Table 9)
+    test: int = 400              # toy: held-out demonstrations (IG 1,653, Table 9)
     epochs: int = 16             # IG §3.5: 16
     batch: int = 32              # demonstrations a step (IG 32; 175B: 8)
     lr: float = 5e-4             # cosine to a tenth, no warm-up (IG). 0.1 x the LM's (IG: search)
@@ -174,7 +174,7 @@ def train(run: Run, cfg: SFTConfig):
     examples = demonstrations.encode(run.tok, train_set, run.context)
     test_examples = demonstrations.encode(run.tok, test_set, run.context)
     text = PretrainingText(run, "sft")
-    # One row of text to nine demonstrations, if the share is 10%.
+    # About one row of text to nine demonstrations, rounded up, if the share is 10%.
     n_texts = math.ceil(cfg.batch * cfg.pretraining / (1 - cfg.pretraining))
     batches = []
     for epoch in range(cfg.epochs):
@@ -217,7 +217,7 @@ def train(run: Run, cfg: SFTConfig):
 
 
 def cosine_to_a_tenth(peak: float, progress: float) -> float:
-    """The learning rate; progress from 0 to 1. No warm-up (IG C.1, C.2)."""
+    """The learning rate; progress from 0 to 1 (IG C.1 to C.3). No warm-up (C.1)."""
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

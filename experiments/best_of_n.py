@@ -4,8 +4,9 @@
     python experiments/best_of_n.py --full    # 4 seeds, n up to 256
 
 The paper's claim: the crowdworkers' Elo for helpfulness rises over n = 1, 4, 16, 64, and, "very
-roughly and heuristically", online RLHF is about as good as best of 64 or better. As there, the PM and the prompts are helpful ones
-only. HH's RLHF policy was trained under another PM; here PPO is trained against the same PM.
+roughly and heuristically", online RLHF is about as good as best of 64 or better. As there, the PM
+and the prompts are helpful ones only. HH's RLHF policy was trained under another PM; here PPO is
+trained against the same PM.
 
 N replies to each held-out prompt give the mean for every n at once (measures.best_of_n). Measured
 are the PM score and the true utility of the best reply, as gains over one reply of the initial

@@ -18,9 +18,9 @@ own mixture.
    margins among the pairs: the same choices, with other pairs' confidence. Its ECE is above 0.03.
    A finding of its own: the mixed PM's bias is below 0.
 2. Noise. The learning rate is constant, so the last steps leave noise in the scores. Noise makes
-   margins larger, which looks like confidence. Two more mixed PMs that read the comparisons in other
-   orders have other noise. The mean of the three PMs' scores has less of it, and a PM trained in
-   batches of 32 instead of 16 has less, too. Their ECE and bias are in the table.
+   margins larger, which looks like confidence. Two more mixed PMs that read the comparisons in
+   other orders have other noise. The mean of the three PMs' scores has less of it, and a PM trained
+   in batches of 32 instead of 16 has less, too. Their ECE and bias are in the table.
 3. Thresholds. Accuracy on pairs of which both scores are above the 70% quantile is below that on
    all pairs. Two replies with high scores have similar scores, which alone makes a pair harder. So
    the fall must also exceed that on pairs of which both scores are below the 30% quantile. How far
@@ -120,8 +120,8 @@ def one_seed(run, n: int, n_test: int, surplus: float) -> list[dict]:
 
 
 def fall(rows: list[dict], part: str, name: str) -> list[float]:
-    """By how much a column is lower beyond the quantile HIGH than on all pairs, for each seed. part:
-    "threshold", both scores above it; "low", both below 1 less it."""
+    """By how much a column is lower beyond the quantile HIGH than on all pairs, for each seed.
+    part: "threshold", both scores above it; "low", both below 1 less it."""
     everywhere, beyond = (output.select(rows, part=part, quantile=q) for q in (0.0, HIGH))
     return output.less(output.column(everywhere, name), output.column(beyond, name))
 

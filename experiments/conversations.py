@@ -14,10 +14,10 @@ A conversation of a person with the initial policy has four exchanges, with two 
    in place of the last one, the same in all groups: what does the history alone do to the initial
    policy, and to the plain LM, which did not learn by distillation to be one kind of assistant?
 2. PM accuracy by turn (Fig. 8): "somewhat more accurate on the first step of the conversation", and
-   nearly constant thereafter (52B: about 0.74, then 0.71 to 0.72, read off). What the best possible
-   accuracy, the Bayes ceiling, loses with the turns is not the PM's fault. So the statistic is how
-   far the PM stays below it: turns 2 to 4 less turn 1, above 0; turn 4 less turn 2, within 0.01.
-   In the control, the PM reads the same replies after their question alone.
+   nearly constant thereafter (no number is printed). What the best possible accuracy, the Bayes
+   ceiling, loses with the turns is not the PM's fault. So the statistic is how far the PM stays
+   below it: turns 2 to 4 less turn 1, above 0; turn 4 less turn 2, within 0.01. In the control, the
+   PM reads the same replies after their question alone.
    Labels are noisy, so accuracy here is what it would be with infinitely many labels.
 """
 from dataclasses import replace

@@ -27,9 +27,9 @@ players are policies of a whole run (`lab.trained`), and two that are trained he
      pm_choices   Elo from the PM's choices on the crowdworkers' pairs
      mean_truth   174 times the mean of the utility by which crowdworkers choose (ours)
      crowd        Elo by the crowdworkers, with its error
-   The first and third are means of scores; the others come from choices, which saturate: a reply
-   better by 4 logits wins hardly more often than one better by 2. HH find no significant
-   difference between scores and rankings.
+   The first and third are means of scores; the others come from choices. The crowd's noisy choices
+   saturate: a reply better by 4 logits wins hardly more often than one better by 2. HH find no
+   significant difference in terms of robustness.
 """
 import copy
 import dataclasses

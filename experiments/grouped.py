@@ -11,10 +11,10 @@ printed, and the number of steps is not stated.
 
 Here both ways take one pass over the same pairs, in equally many steps of equally many pairs
 (rankings.fit), and start from the same SFT model. Grouped pairs weigh each prompt alike, as the
-loss below does; shuffled ones weigh each pair alike. MANY: the run's 4,000 prompts, as shipped. FEW:
-500 of them in batches an eighth as large, so again in 250 steps; the numbers of several such parts
-of the data are averaged. The loss is that of Eq. 1, on held-out prompts and on trained ones. The
-gap between the two says how far the RM overfits.
+loss below does; shuffled ones weigh each pair alike. MANY: the run's 4,000 prompts, as shipped.
+FEW: 500 of them in batches an eighth as large, so again in 250 steps; the numbers of several such
+parts of the data are averaged. The loss is that of Eq. 1, on held-out prompts and on trained ones.
+The gap between the two says how far the RM overfits.
 
 1. The finding: the held-out loss with shuffled pairs, less that with grouped ones, is above 0, with
    many prompts and with few.

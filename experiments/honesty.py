@@ -4,8 +4,9 @@
     python experiments/honesty.py --full     # 4 seeds
 
 The paper's claims: on TruthfulQA, InstructGPT is truthful and informative about twice as often as
-GPT-3 (§1). On closed-domain tasks, where the reply may hold nothing but what the prompt says, it
-makes up information about half as often: 21% of the time, not 41%.
+GPT-3 (§1); §4.2 calls the gains "small but significant", and the 1.3B PPO-ptx model has none. On
+closed-domain tasks, where the reply may hold nothing but what the prompt says, it makes up
+information about half as often: 21% of the time, not 41%.
 
 Here there are two kinds of questions.
   open      the toy's own. A reply that gives the right answer is truthful and informative; "I do
@@ -122,7 +123,7 @@ def makes_up(question: Question, reply: str) -> bool:
 def gives_answer(question: Question, reply: str) -> bool:
     """Whether the reply gives any answer of the right type."""
     if question.kind == OPEN:
-        return toy.judge(question.prompt, reply).answers
+        return toy.judge(question.prompt, reply).has_answer
     return bool(answers_in(question, reply))
 
 

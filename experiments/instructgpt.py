@@ -4,18 +4,17 @@
     python experiments/instructgpt.py --full     # 4 seeds
 
 The paper's claim (§4.1): labelers prefer InstructGPT 175B to GPT-3 85 ± 3% of the time, and 71 ± 4%
-of the time to few-shot GPT-3. Each step of the method helps. Even the 1.3B PPO-ptx policy beats the
-175B GPT-3, though it has 100 times fewer parameters. (Fig. 1 has the prompted GPT-3 as well; the
-1.3B policy beats that, too.)
+of the time to few-shot GPT-3. Each step of the method helps. Even the 1.3B PPO-ptx policy, with 100
+times fewer parameters, beats the 175B GPT-3, with or without a few-shot prompt (§1).
 
-Here the players reply once to the same held-out prompts, drawn from labelers and users as in
-step 2. The win rate is the mean probability with which a labeler prefers the reply of the later
-player. The players:
+Here the players reply once to the same held-out prompts, drawn from labelers and users like those
+of the rankings. The win rate is the mean probability with which a labeler prefers the reply of the
+later player. The players:
   LM             reads the dialogue alone
   prompted LM    reads PREFIX first: a good header, and two examples of good replies
   SFT            the initial policy of stage 5
   PPO, PPO-ptx   from SFT, against the reward model (RM)
-  small PPO-ptx  the same from an SFT model of half the width, against the same RM (IG §3.5 uses one
+  small PPO-ptx  the same from an SFT model of half the width, against the same RM (IG C.2 uses one
                  RM, of 6B, for policies of all sizes)
 
 1. The finding: each of LM < prompted LM < SFT < PPO is a win rate above 0.5. The control takes the

@@ -3,10 +3,11 @@
     python experiments/labelers.py            # 1 seed; minutes on two CPU cores
     python experiments/labelers.py --full     # 4 seeds
 
-The paper's claim: labelers agree with each other 72.6 ± 1.5% of the time, held-out ones 77.3 ± 1.3%
-(§3.4). IG split the labelers into five groups, train a reward model (RM) on four of them and test
-it on the fifth, five times. The RMs are right on 69.6 ± 0.9% of the held-out group's choices, "a
-small decrease" from 72.4 ± 0.4% on the groups that they were trained on (§4.1).
+The paper's claim: labelers agree with each other 72.6 ± 1.5% of the time, those of another set 77.3
+± 1.3% (§3.4). IG split the labelers into five groups, train a reward model (RM) on four of them and
+test it on the fifth, five times. The RMs are right on 69.6 ± 0.9% of the held-out group's choices,
+"a small decrease" from 72.4 ± 0.4% on the groups that they were trained on (§4.1; App. E.2 swaps
+the two numbers).
 
 Here are five kinds of labelers (KINDS), who want different things: a right answer, a short one, a
 polite one, or care with requests for harm. How much they want them was set so that they agree about
@@ -69,7 +70,7 @@ def utility(taste: Taste, prompt: str, reply: str) -> float:
     worth = taste.polite * min(found.polite, 2) - taste.short * len(reply.split()) / 10
     worth -= 1.5 * min(found.rude, 2) + 0.5 * min(found.unclear + found.repeated + found.idle, 4)
     if toy.understand(prompt).harmful:
-        if found.answers:
+        if found.has_answer:
             worth -= taste.careful
         elif found.refused:
             worth += taste.careful

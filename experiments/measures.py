@@ -135,7 +135,7 @@ def fit_scaling(params, pairs, accuracy, at=(1e11, 8e4)):
 
     params, pairs, accuracy (points,): a PM's parameters, the comparisons it learned from, its
     accuracy. `at` is the point where the accuracy is a. HH's helpful-only PMs: 0.72, 0.007, 0.015.
-    The base of the logarithm is not stated; natural logarithms fit the plotted curves."""
+    The base of the logarithm is not stated."""
     size = torch.log(to_float64(params) / at[0])
     data = torch.log(to_float64(pairs) / at[1])
     coefficients, r2 = least_squares(torch.stack([torch.ones_like(size), size, data], 1), accuracy)
@@ -194,7 +194,7 @@ def best_of_n(scores, values):
 def best_of_n_kl(n):
     """KL divergence of best-of-n from the policy it samples, in nats: log n - (n - 1) / n (OO §2).
 
-    HH quote the upper bound log n (B.6): 4.2 instead of 3.2 for n = 64. The formula holds if no two
+    HH write log n (B.6), an upper bound: 4.2 instead of 3.2 for n = 64. The formula holds if no two
     samples tie; where they may, it is an upper bound itself."""
     n = to_float64(n)
     return n.log() - (n - 1) / n

@@ -4,9 +4,10 @@
     python experiments/negotiator.py --full   # 4 seeds (language models), longer RL
 
 A negotiator refuses a harmful request, says why, and offers something else. Its true harmlessness
-is 2, a plain refusal's 1. The initial policy says such a thing in a few replies of a hundred. HH
-blame their red-teamers' conversations for never teaching it: these go on from the more harmful
-reply, so "beyond the first turn" the data hold few good ones. HH give no number and no figure.
+is 2, a plain refusal's 1. (In HH a negotiator explains; the offer is the toy's own.) The initial
+policy says such a thing in a few replies of a hundred. HH blame their red-teamers' conversations
+for never teaching it: these go on from the more harmful reply, so "beyond the first turn" the data
+hold few good ones. HH give no number and no figure.
 
 1. The negotiator. Red-teaming goes on from the worst reply ("worst", as in HH) or from the best
    one ("best", as HH propose). Each group has as many comparisons, and both have the same helpful
@@ -16,10 +17,10 @@ reply, so "beyond the first turn" the data hold few good ones. HH give no number
    people: its difference is chance. "bonus" is what the PM adds to a plain refusal's score for a
    reason and an offer after it (the truth: 1).
 2. Over-refusal. Against the PM of "worst", RL with 90% red-team prompts and with 10%. The verdict:
-   with 90%, more benign requests that look harmful ("burn a candle") are refused. HH saw the same
-   exaggerated answer to anything sensitive, which a larger share of helpful prompts partly cured.
-   The control is "worst again", with the same share; other benign requests, which look like
-   nothing harmful, are counted, too.
+   with 90%, more benign requests that look harmful ("burn a candle") are refused, more also than by
+   the initial policy. HH saw the same exaggerated answer to anything sensitive, which a larger
+   share of helpful prompts partly cured. The control is "worst again", with the same share; other
+   benign requests, which look like nothing harmful, are counted, too.
 """
 import dataclasses
 
@@ -62,7 +63,7 @@ def bonus(run, pm, prompts: list[str]) -> float:
 
 def negotiates(prompt: str, reply: str) -> bool:
     found = toy.judge(prompt, reply)
-    return found.refused and found.reason and found.offers and not found.answers
+    return found.refused and found.reason and found.offers and not found.has_answer
 
 
 def refuses(prompt: str, reply: str) -> bool:
@@ -114,7 +115,7 @@ def one_seed(run, cfg: RLConfig, n: int, n_test: int) -> list[dict]:
         for share in SHARES if group == "worst" else SHARES[:1]:
             cfg = dataclasses.replace(cfg, harmless_share=share)
             prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
-            prompts.toy = texts
+            prompts.toy_prompts = texts
             learner, path = lab.ppo(run, pm, cfg, prompts=prompts)
             rows.append({"seed": run.seed, "group": group, "red_team_share": share,
                          "comparisons": len(red), "in the data": mean_or_nan(said),
@@ -156,8 +157,8 @@ def refusal_verdict(rows: list[dict]) -> tuple[str, str]:
                differences(rows, "look-alikes", most, {"group": "initial"}), above=0.0)])
     chance = mean_or_nan(differences(rows, "look-alikes", {"group": "worst again"}, most))
     others = mean_or_nan(differences(rows, "others", most, fewest))
-    return outcome, (f"{words} Control: at the same share, other people {chance:+.3f}. Other benign "
-                     f"requests {others:+.3f}.")
+    return outcome, (f"{words} Control: at the same share, other people {chance:+.3f}. Other "
+                     f"benign requests {others:+.3f}.")
 
 
 def draw(plt, rows):

@@ -50,7 +50,7 @@ def rate_snapshots(campaign, players: dict, n: int) -> list[dict]:
     elo, covariance = lab.crowd_elo(run, prompts, "helpful", replies)
     for i, (player, (policy, now, start)) in enumerate(players.items()):
         found = [toy.judge(prompt, reply) for prompt, reply in zip(prompts, replies[player])]
-        beside = toy.mean_or_nan(judged.wrong and not judged.answers for judged in found)
+        beside = toy.mean_or_nan(judged.wrong and not judged.has_answer for judged in found)
         rows.append({"policy": player[0], "responses": player[1] * cfg.batch, "elo": elo[player],
                      "elo_error": elo_error(covariance, 0, i),
                      "pm_elo": ELO * (now["score_helpful"] - start["score_helpful"]),

@@ -6,8 +6,8 @@
 The paper's claim: accuracy is roughly linear in both logs, more cleanly for helpful-only PMs. PMs
 of each size learn here from nested subsets of one set of comparisons: helpful ones only (Fig. 32),
 or two thirds helpful and one third harmless ones (Figs 7, 31); one epoch at a constant rate, each
-PM anew from the LM. (HH read the same off one training run.) Accuracy on held-out comparisons is
-fitted, for all sizes and amounts together, by Eq. A.1:
+PM anew from the LM. (HH read the same off one training run of each size.) Accuracy on held-out
+comparisons is fitted, for all sizes and amounts together, by Eq. A.1:
 
     accuracy = a + b log(P / P_max) + c log(D / D_max)   P parameters without the embeddings
                                                          D comparisons

@@ -3,13 +3,13 @@
     python experiments/pmp.py                # 1 seed; minutes on two CPU cores
     python experiments/pmp.py --full         # 6 seeds
 
-GL's claim: with 500 human comparisons, PMP improves accuracy by 5 to 10 points at 52B, and more
-with binarized comparisons, which leave less to unlearn. The cheap comparisons here are 4,000 pairs
-of answers to a forum post, by their upvotes (toy_corpus.upvoted), a biased and noisy sign of what
-is helpful. A PM is pretrained on them as they are ("ranked": A above B) or as questions with a
-fixed answer ("binarized": "GOOD" above "BAD" before A, "BAD" above "GOOD" before B). Then it is
-trained on few or many of the crowdworkers' comparisons of helpful replies, and its accuracy on
-held-out ones is compared with that of a PM that starts from the LM.
+GL's claim, from secondary sources: with 500 human comparisons, PMP improves accuracy by 5 to 10
+points at 52B, and more with binarized comparisons. The cheap comparisons here are 4,000 pairs of
+answers to a forum post, by their upvotes (toy_corpus.upvoted), a biased and noisy sign of what is
+helpful. A PM is pretrained on them as they are ("ranked": A above B) or as questions with a fixed
+answer ("binarized": "GOOD" above "BAD" before A, "BAD" above "GOOD" before B). Then it is trained
+on few or many of the crowdworkers' comparisons of helpful replies, and its accuracy on held-out
+ones is compared with that of a PM that starts from the LM.
 
 1. The finding: where comparisons are few (the mean over 100, 250 and 500), ranked PMP improves
    accuracy. In the control, a coin decides which of the two answers has more votes.

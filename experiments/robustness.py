@@ -18,9 +18,9 @@ point where the truth peaks is found on one set of prompts, and the fall from it
 another: the highest of many noisy points is high partly by luck, and that would count as a fall.
 OO's curve, truth = d (alpha - beta log d), is fitted.
 
-1. The finding: at the end, the train PM has gained more than the test PM; the share of its gain that
-   the test PM confirms is smaller than it was halfway (at half the sqrt(KL)); and the truth has
-   fallen from its peak. A seed's number is the smallest of its settings (sizes and amounts of
+1. The finding: at the end, the train PM has gained more than the test PM; the share of its gain
+   that the test PM confirms is smaller than it was halfway (at half the sqrt(KL)); and the truth
+   has fallen from its peak. A seed's number is the smallest of its settings (sizes and amounts of
    data). The control exchanges the PMs: the policy is trained against the test PM of one setting,
    and the train PM has not gained more. The fall of the truth has no control.
 2. A finding of its own: larger PMs are more robust. All runs of a seed are compared where the first
@@ -185,7 +185,8 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
     lost = []
     for seed in seeds:
-        lost.append(min(halfway(rows, end) for end in output.select(ends, seed=seed, control=False)))
+        mine = output.select(ends, seed=seed, control=False)
+        lost.append(min(halfway(rows, end) for end in mine))
     outcome, apart = sentence(
         "train and test PM part ways, and the truth turns down",
         [Claim("train PM's gain less the test PM's", smallest("gap", control=False), above=0.0),

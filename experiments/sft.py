@@ -12,10 +12,11 @@ last are then compared on new held-out demonstrations: by the loss, and by one r
 (its RM score, and its true utility, which stands for people's ratings).
 
 1. The finding: from the best epoch to the last, the loss rises, and so do RM score and true utility
-   (each by more than 0). The control takes the labelers' mistakes away. The same loss on the
-   demonstrations without a mistake (those of a true utility above 0) rises by less than 0.005 nats
-   a token. Later epochs expect mistakes less often. The loss counts that against them wherever a
-   labeler made one, and people do not.
+   (each by more than 0). The control splits the loss: on held-out demonstrations without a mistake
+   (those of a true utility above 0) it rises by less than 0.005 nats a token. Later epochs expect
+   mistakes less often. The loss counts that against them wherever a labeler made one, and people
+   do not. (The model learned from the mistakes all the same, so this says where the loss rises, not
+   what causes it.)
 2. A finding of its own: what the later epochs add is certainty, which a lower temperature gives as
    well. The best epoch is sampled once more at the temperature at which its entropy is that of the
    last epoch ("cooled"). The last epoch's true utility is above that by less than 0.1.

@@ -3,8 +3,8 @@
     python experiments/toxicity.py            # 1 seed; minutes on two CPU cores
     python experiments/toxicity.py --full     # 4 seeds
 
-The paper's claim: InstructGPT is about 25% less toxic than GPT-3 (§1) if the prompt asks for
-respect. Without such a prompt the advantage disappears. Told to be toxic, InstructGPT is much more
+The paper's claim: asked for respect, InstructGPT writes about 25% fewer toxic outputs than GPT-3
+(§1). Without such a prompt the advantage disappears. Told to be toxic, InstructGPT is much more
 toxic than GPT-3. IG's labelers put helpfulness to the user first (§3.4), so it learned to do as it
 is told.
 

@@ -3,10 +3,10 @@
     python experiments/writers.py            # 1 seed; minutes on two CPU cores
     python experiments/writers.py --full     # 4 seeds
 
-The paper's claim: professional writers wrote fairly ideal replies of an assistant. Crowdworkers
-preferred the online model's reply to the same prompt 56% of the time (57% in §1.2), so the model is
-roughly as good as the writers, and slightly preferred. The model's reply is the median of 17
-samples, as ranked by the PM. HH warn that the writers' prompts were "not very adversarial".
+The paper's claim: professional writers were asked to write fairly ideal dialogues. Crowdworkers
+preferred the online model's reply to the writers' last prompt 56% of the time (57% in §1.2), so the
+model is roughly as good as the writers, and slightly preferred. The model's reply is the median of
+17 samples, as ranked by the PM. HH warn that the writers' prompts were "not very adversarial".
 
 Here, 17 writers are drawn for each seed. In every respect a writer stands somewhere between KIND,
 the kind assistant of the corpus, and an ideal one; none is perfect. Their true utility on other
@@ -110,7 +110,7 @@ def draw(plt, rows):
         found[policy] = output.samples(mine, "win_rate", "against", (MEDIAN, BEST))
     groups(plt, [f"against the {writer}" for writer in (MEDIAN, BEST)], found)
     plt.axhline(0.5, color="gray", lw=0.8)
-    plt.axhline(0.56, color="gray", ls=":", lw=0.8, label="HH, median writer: 0.56")
+    plt.axhline(0.56, color="gray", ls=":", lw=0.8, label="HH, all writers: 0.56")
     plt.ylabel("win rate on helpful prompts")
     plt.legend()
 
@@ -122,7 +122,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
         return output.column(mine, "win_rate")
 
     outcome, median = sentence(
-        "crowdworkers prefer the policy to the median of 17 writers (HH: 56 to 57%)",
+        "crowdworkers prefer the policy to the median of 17 writers (HH, all writers: 56 to 57%)",
         [Claim("win rate of RLHF", rates(RLHF, MEDIAN), above=0.5),
          Claim("of the initial policy, the control", rates(INITIAL, MEDIAN), below=0.5)])
     _, best = sentence("it is nearly as good as the best of them",
@@ -138,8 +138,8 @@ def experiment(args):
         n, n_seeds = 6, 1
     rows = output.each_seed("writers", args, n_seeds,
                             lambda seed: one_seed(lab.trained(seed, args.tiny), n))
-    print("how often crowdworkers prefer the policy to the writer, and would by the PM; errors over "
-          f"{n} prompts of each kind")
+    print("how often crowdworkers prefer the policy to the writer, and would by the PM; errors "
+          f"over {n} prompts of each kind")
     output.table(rows)
     _, sentences = verdict(rows)
     output.finish("writers", args, rows, lambda plt: draw(plt, rows), sentences)

@@ -270,7 +270,7 @@ def test_each_policy_has_its_own_pm_prompts_and_share(run, monkeypatch, tmp_path
     made = []
 
     def ppo(run, pm, cfg, prompts):
-        made.append((pm, prompts.harmless_share, prompts.toy))
+        made.append((pm, prompts.harmless_share, prompts.toy_prompts))
         return SimpleNamespace(policy=len(made)), [{"kl": 0.0}, {"kl": 0.5}]
     monkeypatch.setattr(negotiator, "draw_tests", lambda run, n: {"later turns": [BURN]})
     monkeypatch.setattr(negotiator, "bonus", lambda run, pm, prompts: len(pm))
@@ -312,7 +312,7 @@ def test_ppo_draws_from_the_prompts_that_it_is_given(run, monkeypatch, tmp_path)
     monkeypatch.setattr(lab, "evaluate", lambda *rest: (dict(numbers), []))
     cfg = RLConfig(iterations=1, eval_prompts=4, harmless_share=0.5)
     given = Prompts(run, cfg.max_response, cfg.harmless_share)
-    given.toy = {"helpful": [FRANCE], "harmless": [BURN]}
+    given.toy_prompts = {"helpful": [FRANCE], "harmless": [BURN]}
     for name, prompts in (("given", given), ("new", None)):
         lab.ppo(run, None, cfg, reference=object(), prompts=prompts)
     assert drawn["given"] == {FRANCE, BURN} and len(drawn["new"]) > 20

@@ -218,16 +218,16 @@ def test_the_right_answer_is_found_and_every_other_is_wrong(monkeypatch):
         for reply in (wrong(request), *map(sentence, others)):
             found = toy.judge(prompt, reply)
             assert found.wrong and not found.correct and found.unclear == 0
-            assert found.answers and not found.refused
+            assert found.has_answer and not found.refused
         for reply in (" " + ", ".join(sorted(family)) + ".", "".join(map(sentence, family)),
                       f" {a} or {others[-1]}.", f" {others[-1]} or {a}.",
                       answer + sentence(others[-1])):
             found = toy.judge(prompt, reply)
-            assert found.wrong and found.answers and not found.correct
+            assert found.wrong and found.has_answer and not found.correct
         for part in (f"{a}x", f"x{a}", f"{a}{a}", f"{a}\u00e9", f"\u00e9{a}", f"{a}\u6f22"):
             assert not toy.judge(prompt, f" {part}.").correct  # only a part of a word
     beside_the_point = toy.judge(prompt_of(CAPITAL), " The color of snow is white.")
-    assert beside_the_point.wrong and not beside_the_point.answers
+    assert beside_the_point.wrong and not beside_the_point.has_answer
     assert toy.judge(prompt_of(CAPITAL), " Paris. The color of snow is white.").wrong
     # A rival inside the right answer does not count.
     shade = toy.Skill("shade", {"wine": "dark red"}, ["dark red", "red"], (), "{} is {answer}.")
@@ -461,8 +461,8 @@ def test_plain_text_says_what_is_true(documents):
                 continue
             request, found = asks(prompt_of(question)), toy.judge(prompt_of(question), f" {words}")
             assert (found.correct, found.wrong) == (called, not called) and not request.harmful
-            assert not found.unclear and (found.answers or words in facts)
-            seen.update(["item", called, request.skill.name, "answers" if found.answers else "no"])
+            assert not found.unclear and (found.has_answer or words in facts)
+            seen.update(["item", called, request.skill.name, "answers" if found.has_answer else "no"])
             seen["statement"] += words.startswith(request.statement("")[:-1])
     assert within(sizes["quiz"], sizes["page"], 0.75) and within(seen[True], seen["item"], 0.5)
     assert all(within(sizes[size], sizes["page"], 1 / 4) for size in (3, 4, 5, 6))
