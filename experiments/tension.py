@@ -10,7 +10,7 @@ replies (HH: nearly all are of 52B models). Measured:
 1. Mixtures (Figs 19, 26). From all harmless to all helpful, each of the same number of comparisons.
    Accuracy on held-out comparisons of both kinds, and the mean of the two. The finding, for PMs of
    the toy size: both one-sided PMs are below 0.5 on the other kind. In the control, a coin has
-   labeled their comparisons, so they have learned nothing from either side.
+   labeled their comparisons, so they have learned nothing from either side (means of five PMs).
 2. Loss weights (Fig. 27). L = L_helpful + lambda L_harmless, on two thirds helpful and one third
    harmless comparisons. HH: lambda = 10 costs 0.074 of helpful accuracy at 13M parameters, and
    0.015 at 52B. A finding of its own: it costs the small PM more than the toy PM.
@@ -27,6 +27,7 @@ from toy import mean_or_nan
 COLUMNS = ("helpful", "harmless", "mean")
 LARGEST, SMALLEST = "toy", "small"
 HEAVY = 10  # lambda
+COINS = 5   # PMs of a control
 
 
 def accuracies(run, pm, test: dict) -> dict[str, float]:
@@ -39,16 +40,19 @@ def accuracies(run, pm, test: dict) -> dict[str, float]:
 
 
 def measure_pms(run, found: dict, test: dict, n: int, settings: list[tuple]) -> list[dict]:
-    """One PM and row for each (part, share of helpful comparisons, lambda)."""
+    """One PM and row for each (part, share of helpful comparisons, lambda). A row of the control is
+    the mean of several PMs: one alone leans to some side by chance."""
     rows = []
     for part, share, weight in settings:
-        k = round(share * n)
-        pairs = found["helpful"][:k] + found["harmless"][:n - k]
-        if part == "control":
-            pairs = lab.by_coin(run.rng("tension", "coin"), pairs)
-        pm = lab.train_pm_on(run, pairs, weight)
-        row = {"part": part, "helpful_share": share, "weight": weight}
-        rows.append(row | accuracies(run, pm, test))
+        k, measured = round(share * n), []
+        for number in range(COINS if part == "control" else 1):
+            own = lab.replica(run, run.seed + 1000 * number)  # number > 0: another head and order
+            pairs = found["helpful"][:k] + found["harmless"][:n - k]
+            if part == "control":
+                pairs = lab.by_coin(own.rng("tension", "coin"), pairs)
+            measured.append(accuracies(run, lab.train_pm_on(own, pairs, weight), test))
+        [mean] = output.means(measured, ())
+        rows.append({"part": part, "helpful_share": share, "weight": weight} | mean)
     return rows
 
 
