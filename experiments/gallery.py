@@ -4,6 +4,7 @@
     python experiments/gallery.py --run          # run the scripts that are not up to date: hours
     python experiments/gallery.py --run --full   # ... with enough seeds to decide
     python experiments/gallery.py --redraw       # draw anew what the last runs measured: seconds
+    python experiments/gallery.py --quote        # put the last runs' sentences into README.md
 
 Each script leaves a hash of its own code and its sentences in pictures/made.json. Changes of the
 models behind it (lab.py, the main job) are not noticed: delete out/experiments and run all.
@@ -15,6 +16,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 
 import output
 
@@ -44,11 +46,32 @@ def state(name: str, made: dict, readme: str) -> str:
     return ""
 
 
+def quotation(sentence: str) -> str:
+    """The sentence as a quotation with a paragraph for each finding."""
+    lines = []
+    for finding in re.split(r"(?<=\.) (?=(?:HOLDS|DOES NOT HOLD|NOT DECIDED): )", sentence):
+        if lines:
+            lines.append(">")
+        lines += textwrap.wrap(finding, 100, initial_indent="> ", subsequent_indent="> ",
+                               break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def with_quotation(readme: str, name: str, sentence: str) -> str:
+    """The gallery's text with this quotation below the script's picture."""
+    start = re.search(rf"\(pictures/{name}\.png\)\n", readme)
+    if start is None:
+        return readme
+    rest = re.sub(r"\A(>.*\n)*", lambda found: quotation(sentence), readme[start.end():])
+    return readme[:start.end()] + rest
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", action="store_true", help="run the scripts that need it")
     parser.add_argument("--full", action="store_true", help="the same option of the scripts")
     parser.add_argument("--redraw", action="store_true", help="draw anew from the CSV files")
+    parser.add_argument("--quote", action="store_true", help="write the sentences into README.md")
     args = parser.parse_args()
     path, readme = output.PICTURES / output.MADE, (FOLDER / "README.md").read_text()
     for name in scripts():
@@ -66,6 +89,9 @@ def main():
         if args.run and (is_short or wrong and "quoted" not in wrong):
             options = ["--full"] if args.full else []
             subprocess.run([sys.executable, FOLDER / f"{name}.py", *options])
+        if args.quote and "quoted" in wrong:
+            readme = with_quotation(readme, name, made[name]["sentence"])
+            (FOLDER / "README.md").write_text(readme)
 
 
 if __name__ == "__main__":

@@ -980,6 +980,20 @@ def test_pictures_show_means_with_intervals_side_by_side_and_a_line_for_each_see
     assert same == {"marker": "", "color": "red", "linestyle": ":"}
 
 
+def test_a_quotation_replaces_the_one_below_the_picture():
+    readme = "## 1\n![a](pictures/elo.png)\n> old\n>\n> older\n\ntext\n> kept\n"
+    sentence = "HOLDS: a. b: 1. Control, NOT DECIDED: c. NOT DECIDED: d is " + 30 * "long "
+    found = gallery.with_quotation(readme, "elo", sentence)
+    lines = found.splitlines()
+    assert lines[2:5] == ["> HOLDS: a. b: 1. Control, NOT DECIDED: c.", ">",
+                          "> NOT DECIDED: d is " + " ".join(["long"] * 16)]
+    assert lines[6:] == ["", "text", "> kept"] and gallery.words(sentence) in gallery.words(found)
+    assert gallery.with_quotation(found, "elo", sentence) == found
+    assert gallery.with_quotation(readme, "writers", sentence) == readme
+    bare = readme.replace("> old\n>\n> older\n", "")
+    assert gallery.with_quotation(bare, "elo", sentence) == found
+
+
 def test_a_part_of_the_comparisons_has_all_turns(run):
     pairs = lab.comparisons(run, 60)
     turns = [pair.prompt.count("Human:") for pair in pairs]
