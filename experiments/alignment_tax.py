@@ -127,7 +127,7 @@ def draw(plt, rows):
 
 
 def verdict(rows: list[dict]) -> tuple[str, str]:
-    """The outcome of the first finding, and the sentences of both."""
+    """The outcome of the first finding, and the sentences of all three."""
     sizes = list(dict.fromkeys(output.column(rows, "size")))
     small, large = sizes[0], sizes[-1]
 

@@ -92,16 +92,16 @@ def best_n(rows: list[dict]) -> float:
 def draw(plt, rows):
     for i, (name, title) in enumerate((("score", "PM score"), ("truth", "true utility")), 1):
         plt.subplot(1, 2, i)
+        ppo = []
+        for row in output.select(rows, by=PPO):
+            ppo.append(row | {"sqrt(KL)": math.sqrt(max(row["kl"], 0.0))})
+        paths(plt, ppo, "sqrt(KL)", name, PPO)
         for by in (PM, UNTRAINED):
             mine = output.select(rows, by=by)
             distance = {row["n"]: math.sqrt(row["kl"]) for row in mine}
             if by == PM or name == "truth":
                 gains = output.samples(mine, name, "n", distance)
                 curve(plt, list(distance.values()), gains, f"best of n by {by}")
-        ppo = []
-        for row in output.select(rows, by=PPO):
-            ppo.append(row | {"sqrt(KL)": math.sqrt(max(row["kl"], 0.0))})
-        paths(plt, ppo, "sqrt(KL)", name, PPO)
         plt.xlabel("sqrt(KL)")
         plt.ylabel(f"gain in {title} over one reply of the initial policy")
     plt.legend()

@@ -150,7 +150,8 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
     outcome, well = sentence("a helpful-only PM's scores are honest probabilities", [
         Claim("its ECE", of(HELPFUL, "ECE"), below=WELL),
-        Claim("with their sizes shuffled, the control", of(SHUFFLED, "ECE"), above=WELL)])
+        Claim("with the sizes of its margins shuffled, the control", of(SHUFFLED, "ECE"),
+              above=WELL)])
     high, low = fall(rows, "threshold", "accuracy"), fall(rows, "low", "accuracy")
     _, less = sentence("it is less often right among high scores", [
         Claim(f"accuracy above the {HIGH:.0%} quantile, less than on all pairs by", high,
@@ -160,8 +161,8 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     _, under = sentence("a PM of both kinds is under-confident",
                         [Claim("its confidence less its accuracy", of(MIXED, "bias"), below=0.0)])
     ceilings = [output.mean_se(fall(rows, part, "bayes"))[0] for part in ("threshold", "low")]
-    return outcome, (f"{well} {less} The ceiling falls by {ceilings[0]:.3f} and {ceilings[1]:.3f}. "
-                     f"{under}")
+    return outcome, (f"{well} {less} The ceiling falls by {ceilings[0]:.3f} (high scores) and "
+                     f"{ceilings[1]:.3f} (low ones). {under}")
 
 
 def experiment(args):

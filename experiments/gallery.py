@@ -12,7 +12,6 @@ models behind it (lab.py, the main job) are not noticed: delete out/experiments 
 date.
 """
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -49,7 +48,7 @@ def state(name: str, made: dict, readme: str) -> str:
 def quotation(sentence: str) -> str:
     """The sentence as a quotation with a paragraph for each finding."""
     lines = []
-    for finding in re.split(r"(?<=\.) (?=(?:HOLDS|DOES NOT HOLD|NOT DECIDED): )", sentence):
+    for finding in re.split(r"(?<=\.)\s(?=(?:HOLDS|DOES NOT HOLD|NOT DECIDED): )", sentence):
         if lines:
             lines.append(">")
         lines += textwrap.wrap(finding, 100, initial_indent="> ", subsequent_indent="> ",
@@ -62,7 +61,8 @@ def with_quotation(readme: str, name: str, sentence: str) -> str:
     start = re.search(rf"\(pictures/{name}\.png\)\n", readme)
     if start is None:
         return readme
-    rest = re.sub(r"\A(>.*\n)*", lambda found: quotation(sentence), readme[start.end():])
+    old = r"\A(>.*\n)*\n?"  # with the empty line after it
+    rest = re.sub(old, lambda found: quotation(sentence) + "\n", readme[start.end():])
     return readme[:start.end()] + rest
 
 
@@ -73,9 +73,9 @@ def main():
     parser.add_argument("--redraw", action="store_true", help="draw anew from the CSV files")
     parser.add_argument("--quote", action="store_true", help="write the sentences into README.md")
     args = parser.parse_args()
-    path, readme = output.PICTURES / output.MADE, (FOLDER / "README.md").read_text()
+    readme = (FOLDER / "README.md").read_text()
     for name in scripts():
-        made = json.loads(path.read_text()) if path.exists() else {}
+        made = output.made()
         wrong = state(name, made, readme)
         how = f"{made[name]['seconds']} s" if name in made else ""
         if how and made[name]["full"]:
@@ -89,9 +89,11 @@ def main():
         if args.run and (is_short or wrong and "quoted" not in wrong):
             options = ["--full"] if args.full else []
             subprocess.run([sys.executable, FOLDER / f"{name}.py", *options])
-        if args.quote and "quoted" in wrong:
-            readme = with_quotation(readme, name, made[name]["sentence"])
-            (FOLDER / "README.md").write_text(readme)
+        if args.quote:
+            made = output.made()  # the script may just have run
+            if "quoted" in state(name, made, readme):
+                readme = with_quotation(readme, name, made[name]["sentence"])
+                (FOLDER / "README.md").write_text(readme)
 
 
 if __name__ == "__main__":

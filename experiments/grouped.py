@@ -47,7 +47,7 @@ def mean_loss(rm, elements: list, device) -> float:
 
 
 def disjoint_pairs(elements: list, rng) -> list:
-    """The same elements with half of K pairs each, drawn so that no two share a reply."""
+    """The same elements with K // 2 pairs each for K replies; no two of these share a reply."""
     found = []
     for element in elements:
         pairs, used = [], set()
@@ -61,8 +61,8 @@ def disjoint_pairs(elements: list, rng) -> list:
 
 def compare(run, cfg, elements: list, held_out: list) -> list[dict]:
     """Train one RM each way -> a row for each. The trained loss is on as many prompts as the
-    held-out one. Equal random numbers would give both ways one order where each element is a pair,
-    so the shuffled elements are put into another order first."""
+    held-out one. Both ways draw their order from equal random numbers, so the elements are put into
+    another order before they are shuffled."""
     rows = []
     for way in (GROUPED, SHUFFLED):
         ordered = elements

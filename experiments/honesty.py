@@ -223,7 +223,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
         claims.append(Claim(f"{kind}, made up less two thirds of the LM's",
                             less(rows, kind, "made up", PPO, 2 / 3), below=0.0))
     for kind in (OPEN, CLOSED):
-        claims.append(Claim(f"the control: {kind}, made up",
+        claims.append(Claim(f"the control: {kind}, made up less two thirds of the LM's",
                             less(rows, kind, "made up", CONTROL, 2 / 3), above=0.0))
     return sentence("checked facts make the model truthful (shares of replies)", claims)
 

@@ -141,14 +141,18 @@ def best(table: list[dict], size: str, m: int) -> dict:
 
 def draw(plt, rows):
     sizes = [size for size in dict.fromkeys(output.column(rows, "size")) if size != UNTRAINED]
+    table = summarize(rows)
     for i, name in enumerate(("auroc", "against_look_alikes"), 1):
         plt.subplot(1, 2, i)
         for size in sizes:
             mine = output.select(rows, size=size, token="last", method="exposure")
             numbers = sorted(set(output.column(mine, "M")))
             curve(plt, numbers, [by_seed(output.select(mine, M=m), name) for m in numbers], size)
+        for size, color in zip(sizes, output.COLORS):
+            without = best(table, size, 0)["AUROC" if i == 1 else "look-alikes"]
+            plt.axhline(without, color=color, ls=":", lw=0.8)
         plt.xscale("log")
-        plt.xlabel("harmful examples")
+        plt.xlabel("harmful examples (dotted: none)")
         plt.ylabel("AUROC " + ("against all helpful prompts" if i == 1 else "against look-alikes"))
         plt.ylim(0.6, 1.01)
         plt.legend()

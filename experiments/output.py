@@ -148,6 +148,10 @@ def each_seed(name: str, args, n_seeds: int, measure) -> list[dict]:
     """The rows that `measure(seed)` returns for n_seeds seeds, each measured once (see `once`).
     --redraw: the rows of the last run."""
     if args.redraw:
+        last = made().get(name, {"full": args.full, "first seed": args.seed})
+        if (last["full"], last["first seed"]) != (args.full, args.seed):
+            options = f"--seed {last['first seed']}" + (" --full" if last["full"] else "")
+            raise UserError(f"{name}.py last ran with {options}: use the same with --redraw")
         return read_csv(OUT / f"{name}.csv")
     rows = []
     for seed in range(args.seed, args.seed + n_seeds):
@@ -165,7 +169,8 @@ def finish(name: str, args, rows: list[dict], draw, sentence: str):
         write_csv(OUT / f"{name}.csv", rows)
         if save_picture(PICTURES / f"{name}.png", draw):
             record(name, args, sentence, seconds)
-        shutil.rmtree(parts_folder(name, args), ignore_errors=True)
+        if not args.redraw:  # a stopped run may still need its parts
+            shutil.rmtree(parts_folder(name, args), ignore_errors=True)
     print(f"{sentence}  ({seconds} s)")
 
 
@@ -217,7 +222,7 @@ def read_csv(path: Path) -> list[dict]:
 def value_of(cell: str):
     """The number, the list or the word in a cell."""
     try:
-        return math.nan if cell == "nan" else ast.literal_eval(cell)
+        return float(cell) if cell in ("nan", "inf", "-inf") else ast.literal_eval(cell)
     except (ValueError, SyntaxError):
         return cell
 

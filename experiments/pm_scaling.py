@@ -182,7 +182,10 @@ def experiment(args):
         mine = curve_of(rows, trained_on, tested_on)
         print_table(mine, sizes, amounts)
         (a, b, c), r2 = fit(mine)
-        line, power = prediction_errors(mine)
+        errors = []
+        for seed in dict.fromkeys(output.column(mine, "seed")):
+            errors.append(prediction_errors(output.select(mine, seed=seed)))
+        line, power = (mean_or_nan(of_seeds) for of_seeds in zip(*errors))
         print(f"    accuracy = {a:.3f} + {b:.4f} log(P / P_max) + {c:.4f} log(D / D_max), R^2 = "
               f"{r2:.3f}; errors of predictions: line {line:.3f}, power law {power:.3f}")
     _, sentences = verdict(rows)

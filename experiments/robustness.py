@@ -151,11 +151,10 @@ def halfway(rows: list[dict], end: dict) -> float:
     end, less the share at its end."""
     setting = {name: end[name] for name in ("seed", "size", "comparisons", "control")}
     points = output.select(rows, part="path", **setting)
-    shares = []
-    for distance in (end["last_sqrt_kl"] / 2, end["last_sqrt_kl"]):
-        shares.append(at_distance(points, distance, "test_pm")
-                      / at_distance(points, distance, "train_pm"))
-    return shares[0] - shares[1]
+    half, last = end["last_sqrt_kl"] / 2, points[-1]
+    confirmed_halfway = (at_distance(points, half, "test_pm")
+                         / at_distance(points, half, "train_pm"))
+    return confirmed_halfway - last["test_pm"] / last["train_pm"]
 
 
 def draw(plt, rows):

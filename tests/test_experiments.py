@@ -34,7 +34,7 @@ from exercises import exercises
 from helpers import flat
 from pm import score_rows
 from ratings import ELO, elo_error, fit_elo
-from run import errors_in_one_sentence
+from run import UserError, errors_in_one_sentence
 from train_rl import RLConfig
 
 FINDINGS = gallery.scripts()
@@ -414,8 +414,9 @@ VERDICTS = {
         [(honest(right=0.59),), (honest(made_up=(0.25, 0.3)),), (honest(made_up=(0.2, 0.41)),),
          (honest(control=(0.23, 0.7)),), (honest(control=(0.3, 0.39)),), (honest(n=3), OPEN)],
         ["1.5 of the LM's: 0.200 [", "open, made up less two thirds of the LM's: -0.040 [",
-         "closed, made up less two thirds of the LM's: -0.100 [", "control: open, made up: 0.060 [",
-         "control: closed, made up: 0.300 ["]),
+         "closed, made up less two thirds of the LM's: -0.100 [",
+         "control: open, made up less two thirds of the LM's: 0.060 [",
+         "control: closed, made up less two thirds of the LM's: 0.300 ["]),
     "instructgpt": (
         (win_rates(small=0.4),),  # the small policy has a sentence of its own
         [(win_rates(steps=(0.49, 0.7, 0.55)),), (win_rates(steps=(0.6, 0.4, 0.55)),),
@@ -579,7 +580,8 @@ def test_means_errors_and_selected_rows_by_hand():
     assert output.means(rows, ("name", "n"))[0] == {"name": "a", "n": 4, "x": 2.0, "y": 4.5}
     [_, last] = output.means(rows, ("name", "n"), ("y",), errors=True)
     assert list(last) == ["name", "n", "y", "+- y"] and (last["n"], last["y"]) == (5, 5.0)
-    assert output.means(rows, ("name",), ("x",), errors=True)[0]["+- x"] == output.mean_se([1, 3, 5])[1]
+    [row] = output.means(rows, ("name",), ("x",), errors=True)
+    assert row["+- x"] == output.mean_se([1, 3, 5])[1]
     assert output.less([5.0, 2.0], [2.0, 1.0], share=2.0) == [1.0, 0.0]
     assert output.less([5.0], [2.0]) == [3.0]
 
@@ -938,7 +940,12 @@ def test_a_picture_is_drawn_anew_from_the_rows_of_the_last_run(tmp_path, monkeyp
     found = output.each_seed("elo", args, 9, None)
     assert math.isnan(found[2].pop("x")) and math.isnan(rows[2].pop("x")) and found == rows
     args.start = 0.0
+    output.parts_folder("elo", args).mkdir()  # of another run, which was stopped
     output.finish("elo", args, found, None, "HOLDS.")
+    assert output.parts_folder("elo", args).exists()
+    args.full = True
+    with pytest.raises(UserError, match="last ran with --seed 0: use"):
+        output.each_seed("elo", args, 1, None)
     assert output.made()["elo"]["seconds"] == seconds > 1e6
     with pytest.raises(SystemExit), errors_in_one_sentence():
         output.each_seed("writers", args, 1, None)

@@ -178,8 +178,8 @@ def test_a_quick_run_has_replies_of_all_models(monkeypatch):
     calls = []
     monkeypatch.setattr(labelers.rankings, "rankings", lambda run, cfg, split: list(range(100)))
     monkeypatch.setattr(labelers.rankings, "encode", lambda run, found: found)
-    monkeypatch.setattr(labelers, "five_fold", lambda run, cfg, kinds, train, held_out: calls.append(
-        train) or [{}])
+    monkeypatch.setattr(labelers, "five_fold", lambda run, cfg, kinds, train, held_out:
+                        calls.append(train) or [{}])
     labelers.one_seed(StubRun(seed=0), None, 30)
     labelers.one_seed(StubRun(seed=0), None, 300)
     few, same, most, _ = calls

@@ -178,8 +178,8 @@ def test_the_control_ranks_the_same_replies_otherwise(run, monkeypatch, script):
     assert {d.prompt for d in found} != set(prompts) and len(otherwise[0]) == 3
     for mine, theirs in zip(judged, otherwise):
         for a, b in zip(mine, theirs):
-            # A bonus is only in the first. Unchecked, an answer is worth 3 instead of -1, and what is
-            # beside the point or evades is worth 0 instead of -1 or 3.
+            # A bonus is only in the first. Unchecked, an answer is worth 3 instead of -1, and what
+            # is beside the point or evades is worth 0 instead of -1 or 3.
             assert a - b in ((0, 3) if script is instructions else (0, -4, -1, 3))
 
 

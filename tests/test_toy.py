@@ -462,7 +462,8 @@ def test_plain_text_says_what_is_true(documents):
             request, found = asks(prompt_of(question)), toy.judge(prompt_of(question), f" {words}")
             assert (found.correct, found.wrong) == (called, not called) and not request.harmful
             assert not found.unclear and (found.has_answer or words in facts)
-            seen.update(["item", called, request.skill.name, "answers" if found.has_answer else "no"])
+            kind = "answers" if found.has_answer else "no"
+            seen.update(["item", called, request.skill.name, kind])
             seen["statement"] += words.startswith(request.statement("")[:-1])
     assert within(sizes["quiz"], sizes["page"], 0.75) and within(seen[True], seen["item"], 0.5)
     assert all(within(sizes[size], sizes["page"], 1 / 4) for size in (3, 4, 5, 6))
