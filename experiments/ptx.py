@@ -1,7 +1,7 @@
 """IG Figs 28, 29, 33, 34: PPO costs skills that it does not train; pretraining text restores them.
 
     python experiments/ptx.py            # 1 seed; minutes on two CPU cores
-    python experiments/ptx.py --full     # 4 seeds, the first of them with all policies
+    python experiments/ptx.py --full     # 6 seeds, the first of them with all policies
 
 The paper's claim (§1, §4.2): PPO makes models worse than GPT-3 on public data sets such as SQuAD,
 DROP and French-to-English translation. This is an "alignment tax". PPO-ptx adds the gradient of the
@@ -133,6 +133,14 @@ def contrast(rows: list[dict], weights: dict[str, float], name: str = "skill") -
     return sums
 
 
+def less_sft(rows: list[dict], policy: str, name: str) -> list[float]:
+    """A number of a policy less the SFT model's, for each seed in which the policy was trained."""
+    mine = output.select(rows, policy=policy)
+    seeds = output.column(mine, "seed")
+    of_sft = [row[name] for row in output.select(rows, policy=SFT) if row["seed"] in seeds]
+    return output.less(output.column(mine, name), of_sft)
+
+
 def verdict(rows: list[dict]) -> tuple[str, str]:
     """The outcome of the first finding and the sentences of both; of the tax alone if there is
     none."""
@@ -165,10 +173,10 @@ def others(rows: list[dict]) -> str:
 def draw(plt, rows):
     """On the left the skills, on the right the gain, as in Figs 33 and 34."""
     policies = list(dict.fromkeys(output.column(rows, "policy")))
-    for side, name, label in ((1, "skill", "log-prob of right answers (nats a token)"),
+    for side, name, label in ((1, "skill", "log-prob of right answers, less SFT's (nats a token)"),
                               (2, "gain", "RM score gained (logits)")):
         plt.subplot(1, 2, side)
-        means, halves = zip(*[interval(of(rows, policy, name)) for policy in policies])
+        means, halves = zip(*[interval(less_sft(rows, policy, name)) for policy in policies])
         places = [-i for i in range(len(policies))]
         plt.errorbar(means, places, xerr=halves, linestyle="")
         plt.yticks(places, policies if side == 1 else [""] * len(policies))
@@ -177,7 +185,7 @@ def draw(plt, rows):
 
 def experiment(args):
     of_verdict = {name: ARMS[name] for name in (PPO, PTX, HIGH_KL, CONTROL, DIALOGUES)}
-    n, n_seeds, iterations = 300, 4 if args.full else 1, 50
+    n, n_seeds, iterations = 300, 6 if args.full else 1, 50
     if args.tiny:
         n, iterations = 8, 2
 
