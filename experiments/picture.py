@@ -30,6 +30,7 @@ def groups(plt, names: list[str], samples: dict[str, list[list[float]]]):
         shift = 0.5 * (i - (len(samples) - 1) / 2) / len(samples)
         curve(plt, [k + shift for k in range(len(names))], found, group, linestyle="")
     plt.xticks(range(len(names)), names)
+    plt.xlim(-0.5, len(names) - 0.5)
 
 
 def paths(plt, rows: list[dict], x: str, y: str, label: str):

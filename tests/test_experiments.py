@@ -971,7 +971,7 @@ def test_pictures_show_means_with_intervals_side_by_side_and_a_line_for_each_see
     assert picture.interval([5.0])[0] == 5.0 and math.isnan(picture.interval([5.0])[1])
     plt = Recorder()
     picture.groups(plt, ["p", "q"], {"a": [[1.0, 3.0], [4.0, 4.0]], "b": [[0.0, 0.0], [6.0, 8.0]]})
-    [first, second, (_, ticks, _)] = plt.calls
+    [first, second, (_, ticks, _), _] = plt.calls
     assert first[1][0] == [-0.125, 0.875] and second[1][0] == [0.125, 1.125]
     assert ticks == (range(2), ["p", "q"]) and second[1][1] == (0.0, 7.0)
     assert second[1][2] == pytest.approx((0.0, 12.706), abs=1e-3)
