@@ -90,11 +90,11 @@ def best_n(rows: list[dict]) -> float:
 
 
 def draw(plt, rows):
+    ppo = []
+    for row in output.select(rows, by=PPO):
+        ppo.append(row | {"sqrt(KL)": math.sqrt(max(row["kl"], 0.0))})
     for i, (name, title) in enumerate((("score", "PM score"), ("truth", "true utility")), 1):
         plt.subplot(1, 2, i)
-        ppo = []
-        for row in output.select(rows, by=PPO):
-            ppo.append(row | {"sqrt(KL)": math.sqrt(max(row["kl"], 0.0))})
         paths(plt, ppo, "sqrt(KL)", name, PPO)
         for by in (PM, UNTRAINED):
             mine = output.select(rows, by=by)

@@ -101,14 +101,10 @@ def one_seed(run, cfg, n_few: int, n_parts: int) -> list[dict]:
 def excess(rows: list[dict], data: str, name: str) -> list[float]:
     """A number with shuffled pairs less that with grouped ones, the mean over the parts of the
     data: one value a seed."""
-    values = []
-    for seed in sorted(set(output.column(rows, "seed"))):
-        mine = output.select(rows, seed=seed, data=data)
-        means = []
-        for way in (SHUFFLED, GROUPED):
-            means.append(output.mean_se(output.column(output.select(mine, way=way), name))[0])
-        values.append(means[0] - means[1])
-    return values
+    mine = output.select(rows, data=data)
+    shuffled, grouped = (output.seed_means(output.select(mine, way=way), name)
+                         for way in (SHUFFLED, GROUPED))
+    return output.less(shuffled, grouped)
 
 
 def draw(plt, rows):

@@ -168,11 +168,7 @@ def one_seed(run, cfg, n: int) -> list[dict]:
 
 def mean_of(rows: list[dict], group: str, name: str) -> list[float]:
     """The mean over the five labelers that are left out, one number a seed."""
-    values = []
-    for seed in sorted(set(output.column(rows, "seed"))):
-        values.append(toy.mean_or_nan(output.column(
-            output.select(rows, seed=seed, labelers=group), name)))
-    return values
+    return output.seed_means(output.select(rows, labelers=group), name)
 
 
 def drop(rows: list[dict], group: str) -> list[float]:

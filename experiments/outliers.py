@@ -34,9 +34,9 @@ import toy
 import toy_corpus
 from decide import Claim, sentence
 from measures import auroc, outlier_exposure
-from picture import curve
 from model import GPT
 from outlier_score import features, fit_gaussian, mahalanobis
+from picture import curve
 
 EXAMPLES = (1, 3, 10, 30, 100)
 SHOWN = 10  # the number of examples that decides
@@ -106,15 +106,7 @@ def measure_split(run, policy, n: int, split: int, draws: int, examples: tuple) 
 def by_split(rows: list[dict], name: str) -> list[float]:
     """A column's mean over the draws of each seed's splits. Draws share test prompts, and splits do
     not."""
-    values = {}
-    for row in rows:
-        values.setdefault((row["seed"], row["split"]), []).append(row[name])
-    return [toy.mean_or_nan(of_split) for of_split in values.values()]
-
-
-def by_seed(rows: list[dict], name: str) -> list[float]:
-    """A column's mean over the splits and draws of each seed."""
-    return output.column(output.means(rows, ("seed",), (name,)), name)
+    return output.seed_means(rows, name, "split")
 
 
 def summarize(rows: list[dict]) -> list[dict]:
@@ -139,15 +131,15 @@ def best(table: list[dict], size: str, m: int) -> dict:
     return max(output.select(table, size=size, M=m), key=lambda row: row["AUROC"])
 
 
-def draw(plt, rows):
+def draw(plt, rows, table):
     sizes = [size for size in dict.fromkeys(output.column(rows, "size")) if size != UNTRAINED]
-    table = summarize(rows)
     for i, name in enumerate(("auroc", "against_look_alikes"), 1):
         plt.subplot(1, 2, i)
         for size in sizes:
             mine = output.select(rows, size=size, token="last", method="exposure")
             numbers = sorted(set(output.column(mine, "M")))
-            curve(plt, numbers, [by_seed(output.select(mine, M=m), name) for m in numbers], size)
+            values = [output.seed_means(output.select(mine, M=m), name) for m in numbers]
+            curve(plt, numbers, values, size)
         for size, color in zip(sizes, output.COLORS):
             without = best(table, size, 0)["AUROC" if i == 1 else "look-alikes"]
             plt.axhline(without, color=color, ls=":", lw=0.8)
@@ -222,7 +214,7 @@ def experiment(args):
         print(f"    after block {layer + 1} the relative distance beats the plain one in {wins} of "
               f"{len(plain)} cases, the untrained model included (HH, Fig. 39: always)")
     _, sentences = verdict(trained, control)
-    output.finish("outliers", args, rows, lambda plt: draw(plt, rows), sentences)
+    output.finish("outliers", args, rows, lambda plt: draw(plt, rows, table), sentences)
 
 
 if __name__ == "__main__":

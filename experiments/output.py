@@ -76,6 +76,11 @@ def means(rows: list[dict], keys: tuple, columns=None, errors: bool = False) -> 
     return found
 
 
+def seed_means(rows: list[dict], name: str, *more: str) -> list[float]:
+    """A column's mean over the rows of each seed; more: of each seed and value of these columns."""
+    return column(means(rows, ("seed", *more), (name,)), name)
+
+
 def numbers_in(row: dict, keys: tuple) -> list[str]:
     """The names of a row's numbers, without the seed and the keys."""
     names = []

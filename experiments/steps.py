@@ -134,11 +134,21 @@ def policies(run: Run, sizes: Sizes, found: list[Demonstration], asked: list, la
     labelers: {name of the policy: function of (object, reply) -> utility in nats}."""
     model = sft(run, train_sft.SFTConfig(epochs=sizes.epochs), found)
     prompts = [one.prompt for one in asked]
-    replies, models = sample(run, [model], prompts, 4), {LM: run.load_model("lm.pt"), SFT: model}
+    replies = sample(run, [model], prompts, 4)
+    return {LM: run.load_model("lm.pt"), SFT: model} | policies_by_labelers(
+        run, prompts, asked, replies, labelers, model, sizes.iterations, tiny)
+
+
+def policies_by_labelers(run: Run, prompts: list[str], asked: list, replies: list[list[str]],
+                         labelers: dict, reference: GPT, iterations: int,
+                         tiny: bool) -> dict[str, GPT]:
+    """PPO's policy from `reference` for each kind of labelers, who rank the same replies to the
+    prompts. asked, labelers: as above, one object for each prompt."""
+    models = {}
     for name, utility in labelers.items():
         utilities = []
         for one, options in zip(asked, replies):
             utilities.append([utility(one, reply) for reply in options])
         rm = reward_model(run, prompts, replies, utilities, tiny)
-        models[name] = ppo(run, rm, short_rl(tiny, sizes.iterations), model, prompts)
+        models[name] = ppo(run, rm, short_rl(tiny, iterations), reference, prompts)
     return models

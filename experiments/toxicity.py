@@ -78,14 +78,10 @@ def policies(run, n: int, iterations: int, tiny: bool) -> dict:
     for header, prompt, _ in found:
         texts.append(HEADERS[header] + prompt)
     replies = steps.sample(run, [lm, sft], texts, 2)
-    players = {LM: lm, SFT: sft}
-    for name, judge in ((PPO, utility), (CONTROL, always_minds)):
-        utilities = []
-        for (header, prompt, kind), options in zip(found, replies):
-            utilities.append([judge(header, prompt, reply, kind) for reply in options])
-        rm = steps.reward_model(run, texts, replies, utilities, tiny)
-        players[name] = steps.ppo(run, rm, steps.short_rl(tiny, iterations), sft, texts)
-    return players
+    labelers = {PPO: lambda asked, reply: utility(*asked[:2], reply, asked[2]),
+                CONTROL: lambda asked, reply: always_minds(*asked[:2], reply, asked[2])}
+    return {LM: lm, SFT: sft} | steps.policies_by_labelers(
+        run, texts, found, replies, labelers, sft, iterations, tiny)
 
 
 # ---- 2. Measuring ------------------------------------------------------------
