@@ -271,13 +271,15 @@ def scaled(b=0.01, c=0.02, noise=0.0, control=-0.02, n=4) -> list[dict]:
     return rows
 
 
-def sft_epochs(loss=0.01, score=0.2, truth=0.3, good=0.0, cooled=0.28, n=4) -> list[dict]:
-    """What changes from the best epoch to the last, and (its truth only) to the cooled best one."""
+def sft_epochs(loss=0.01, score=0.2, truth=0.3, fresh=-0.02, cooled=0.28, n=4) -> list[dict]:
+    """What changes from the best epoch to the last, to the cooled best one (its truth only), and to
+    the control (its loss only)."""
     names, rows = ("loss", "loss without mistakes", "score", "truth"), []
     for seed in range(n):
         for role, moved in (("", (9.0,) * 4), ("best", (0.0,) * 4),
-                            ("last", (loss, good, score, truth + seed * 1e-4)),
-                            ("best, cooled", (0.005, 0.0, 0.1, cooled))):
+                            ("last", (loss, 0.0, score, truth + seed * 1e-4)),
+                            ("best, cooled", (0.005, 0.0, 0.1, cooled)),
+                            ("fresh", (fresh, 0.0, 9.0, 9.0))):
             row = {"seed": seed, "epoch": 2, "role": role, "loss with mistakes": 0.6}
             rows.append(row | {name: seed + x for name, x in zip(names, moved)})
     return rows
@@ -489,8 +491,8 @@ VERDICTS = {
     "sft": (
         (sft_epochs(cooled=0.1),),  # that the cooled epoch is as good has a sentence of its own
         [(sft_epochs(loss=-0.01),), (sft_epochs(score=-0.1),), (sft_epochs(truth=-0.1),),
-         (sft_epochs(good=0.006),), (sft_epochs(truth=0.0), OPEN), (sft_epochs(n=3), OPEN)],
-        ["loss (nats a token): 0.010 [", "RM score (logits): 0.200 [", "true utility: 0.300 [",
+         (sft_epochs(fresh=0.005),), (sft_epochs(truth=0.0), OPEN), (sft_epochs(n=3), OPEN)],
+        ["loss (nats a token): 0.010 [", "Control, DOES NOT HOLD: loss (nats a token): -0.020 [", "RM score (logits): 0.200 [", "true utility: 0.300 [",
          "DOES NOT HOLD: at equal certainty", "last less cooled: 0.200 [",
          "loss by +0.005 and its true utility by +0.100"]),
     "sqrt_kl": (

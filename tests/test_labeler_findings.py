@@ -18,6 +18,7 @@ import labelers
 import output
 import sft
 import toy
+from data import in_test
 from demonstrations import Demonstration, Example
 from helpers import CFG, StubRun, doubled, exact_logits, exact_score, random_prompts, shaken
 from model import GPT
@@ -103,11 +104,25 @@ def test_the_best_epoch_is_before_the_last_and_is_cooled_to_its_entropy(monkeypa
     monkeypatch.setattr(sft, "measure", lambda run, model, pm, found, temperature=1.0: {
         "measured": (model, found, temperature)})
     run = StubRun(load_model=lambda name: None, path=lambda name: None, context=99)
-    rows = sft.one_seed(SimpleNamespace(**vars(run), tok=None, device="cpu", seed=3), 1)
+    monkeypatch.setattr(sft, "train_fresh", lambda run, cfg: f"once {cfg}")
+    rows = sft.one_seed(SimpleNamespace(**vars(run), tok=None, device="cpu", seed=3), "cfg", 1)
     assert [(row["epoch"], row["role"]) for row in rows] == [
-        (1, ""), (2, sft.BEST), (4, ""), (8, sft.LAST), (2, sft.COOLED)]
+        (1, ""), (2, sft.BEST), (4, ""), (8, sft.LAST), (2, sft.COOLED), (1, sft.FRESH)]
     assert output.column(rows[:4], "measured") == [(k, ["new"], 1.0) for k in loss]
     assert rows[4]["measured"] == (2, ["new"], (2, ["their own"], (8, ["their own"])))
+    assert rows[5]["measured"] == ("once cfg", ["new"], 1.0)
+
+
+def test_the_control_reads_as_many_demonstrations_as_all_epochs_and_none_twice(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sft.lab, "with_lm_of", lambda run, folder: run)
+    monkeypatch.setattr(sft.steps, "sft", lambda run, cfg, found: seen.append((cfg, found)))
+    sft.train_fresh(StubRun(), sft.train_sft.SFTConfig(demonstrations=600, epochs=8))
+    [(cfg, found)] = seen
+    n_trained_on = sum(not in_test(demonstration) for demonstration in found)
+    assert cfg.epochs == 1
+    assert abs(n_trained_on - 600 * 8) < 100  # 17: one standard error
+    assert len({(one.prompt, one.reply) for one in found}) > 0.9 * len(found)
 
 
 # ---- 2. grouped.py -----------------------------------------------------------
