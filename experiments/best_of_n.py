@@ -29,7 +29,6 @@ import lab
 import output
 from decide import Claim, sentence
 
-from evaluate import Prompts
 from measures import best_of_n, best_of_n_kl, fit_gao
 from picture import curve, paths
 from train_rl import RLConfig
@@ -42,7 +41,7 @@ PM, UNTRAINED, PPO = "PM", "untrained PM (control)", "PPO"
 def one_seed(run, cfg: RLConfig, n: int, n_prompts: int, N: int) -> list[dict]:
     """Rows of best of n for each PM and n = 1, 2, 4, ..., and of PPO's path."""
     pm, initial = lab.train_pm_on(run, lab.comparisons(run, n)), lab.load(run)
-    prompts = Prompts(run, cfg.max_response, harmless_share=0.0)
+    prompts = lab.drawn_prompts(run, cfg)
     held_out = prompts.draw(n_prompts, "best of n", held_out=True)
     rows = []
     for name, judge in ((PM, pm), (UNTRAINED, lab.untrained_pm(run))):

@@ -88,7 +88,7 @@ def drift(run, turns: int, kind: str, n: int) -> tuple[list[dict], list[Exchange
     """A row for each group, and the exchanges of the conversations that go on from the pick."""
     rows = []
     picked, random = hold(run, turns, kind, n, f"drift {kind}", ["", "random"])
-    [again] = hold(run, turns, kind, n, f"drift {kind} again", ["random"])  # other people
+    _, again = hold(run, turns, kind, n, f"drift {kind} again", ["", "random"])  # other people
     for group, exchanges in (("picked", picked), ("random", random), ("again", again)):
         row = {"part": "drift", "seed": run.seed, "kind": kind, "group": group,
                "n": len(at(exchanges, 1))}
@@ -228,7 +228,8 @@ def draw(plt, rows, pm_rows):
         plt.legend()
     plt.subplot(1, 3, 3)
     for name in ("ceiling", "accuracy", "accuracy, alone"):
-        curve(plt, turns, output.samples(pm_rows, name, "turn", turns), name)
+        means = [output.seed_means(output.select(pm_rows, turn=turn), name) for turn in turns]
+        curve(plt, turns, means, name)
     plt.xlabel("turn")
     plt.ylabel("held-out accuracy of the PM")
     plt.legend()

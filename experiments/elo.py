@@ -18,8 +18,8 @@ players are policies of a whole run (`lab.trained`), and two that are trained he
    the dialogue goes on from the choice. Each kind of prompts gives an Elo of its own. The verdict
    has one number for each seed. RLHF is above the initial policy on both kinds; helpful-only RLHF
    is below RLHF on red-team prompts, and on helpful prompts at most 35 Elo below it (a win rate of
-   45%). A finding of its own: on helpful prompts online RLHF is above RLHF. The control is RLHF
-   itself: it had as many comparisons on the same prompts, and none of them online.
+   45%). A finding of its own: on helpful prompts online RLHF is above RLHF, which had as many
+   comparisons on the same prompts, and none of them online.
 2. Scores and rankings (App. B.4, Fig. 35). By Eq. 2.1 one unit of PM score is worth 174 Elo. Does
    it foretell the crowdworkers' Elo? Single replies of these players, the LM with and without the
    HHH prompt, and the best of 16 replies of the initial policy, in pairs drawn by lot:
@@ -43,6 +43,7 @@ import toy
 import toy_corpus
 from collect import match
 from data import read_comparisons
+from evaluate import Prompts
 from measures import line_fit
 from picture import curve, groups
 from ratings import ELO, elo_error, fit_elo
@@ -74,14 +75,22 @@ def train_players(run, cfg: RLConfig, early: RLConfig) -> tuple:
     """-> the main job's PM, and {player: policy}. early: options of the RLHF whose snapshots are
     compared."""
     initial, pm, pmp = lab.load(run), run.load_model("pm.pt"), run.load_model("pmp.pt")
-    static = {}
+    static, test = {}, {}
     for kind in lab.KINDS:
-        path = run.path("comparisons") / f"{kind}-base" / "train.jsonl"
-        static[kind], _ = read_comparisons(path, kind)
+        folder = run.path("comparisons") / f"{kind}-base"
+        static[kind], _ = read_comparisons(folder / "train.jsonl", kind)
+        test[kind], _ = read_comparisons(folder / "test.jsonl", kind)
         run.rng("elo", "order", kind).shuffle(static[kind])  # the file goes turn by turn
 
-    def fit(pairs):
-        return lab.train_pm_on(run, pairs, PMConfig().harmless_weight, start=pmp)
+    def fit(pairs, kinds=lab.KINDS):
+        """A PM that learns from `pairs` as the main job's does, with a mean of 0 on its held-out
+        comparisons of these kinds."""
+        pm = lab.train_pm_on(run, pairs, PMConfig().harmless_weight, start=pmp)
+        return lab.center(run, pm, [pair for kind in kinds for pair in test[kind]])
+
+    def rlhf(pm, cfg, watch=None):
+        prompts = Prompts(run, cfg.max_response, cfg.harmless_share)  # those of the comparisons
+        return lab.ppo(run, pm, cfg, initial, watch, prompts)[0].policy
 
     def speaker(policy):
         return lambda prompts, name: lab.sample(run, policy, prompts, name)
@@ -95,16 +104,13 @@ def train_players(run, cfg: RLConfig, early: RLConfig) -> tuple:
 
     data = static["harmless"] + base + compare_again(run, second, "rejection sampling", best, best)
     snapshots = []
-    lab.ppo(run, fit(data), early, initial,
-            watch=lambda learner: snapshots.append(copy.deepcopy(learner.policy)))
+    rlhf(fit(data), early, lambda learner: snapshots.append(copy.deepcopy(learner.policy)))
     data += compare_again(run, third, "online", *map(speaker, snapshots[1:]))
     print(f"    {len(data) - len(static['harmless']):,} helpful comparisons for online RLHF, "
           f"{len(static['helpful']):,} for RLHF")
-    online, _ = lab.ppo(run, fit(data), cfg, initial)
-    only, _ = lab.ppo(run, fit(static["helpful"]), dataclasses.replace(cfg, harmless_share=0.0),
-                      initial)
-    return pm, {BASE: initial, RLHF: run.load_model("policy.pt"), ONLINE: online.policy,
-                HELPFUL: only.policy}
+    helpful_pm = fit(static["helpful"], kinds=["helpful"])
+    return pm, {BASE: initial, RLHF: run.load_model("policy.pt"), ONLINE: rlhf(fit(data), cfg),
+                HELPFUL: rlhf(helpful_pm, dataclasses.replace(cfg, harmless_share=0.0))}
 
 
 # ---- 2. Conversations --------------------------------------------------------
@@ -233,7 +239,9 @@ def one_seed(run, cfg: RLConfig, early: RLConfig, n_talks: int, n_prompts: int) 
 
 
 def experiment(args):
-    n_talks, n_prompts, n_seeds = 200, 800, 4 if args.full else 1
+    n_talks, n_prompts, n_seeds = 200, 800, 1
+    if args.full:
+        n_talks, n_seeds = 600, 4
     cfg = RLConfig(eval_prompts=64, eval_every=1000)
     early = dataclasses.replace(cfg, iterations=24, eval_every=8)  # snapshots after 8, 16 and 24
     if args.tiny:

@@ -100,7 +100,9 @@ def draw_task(rng: Random, part: str, held_out: bool) -> Task:
         return Task(question, (constraint(rng, ("begin", "end"), NEW_PHRASES),))
     if part == TWO:
         first = constraint(rng, ("begin", "end"), PHRASES)
-        return Task(question, (first, constraint(rng, ("short", "whole"), PHRASES)))
+        # Three words have no room for an end that was asked for.
+        others = ("short", "whole") if first[0] == "begin" else ("whole",)
+        return Task(question, (first, constraint(rng, others, PHRASES)))
     return Task(question, (constraint(rng, tuple(SENTENCES), PHRASES),))
 
 

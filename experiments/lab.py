@@ -361,6 +361,15 @@ def crowd_elo(run: Run, prompts: list[str], kind: str, replies: dict[str, list[s
     return dict(zip(players, elo.tolist())), covariance
 
 
+def drawn_prompts(run: Run, cfg: RLConfig) -> Prompts:
+    """Prompts that are drawn anew each time. The main job's are those of its comparisons (§4.1). A
+    folder of `base` holds some only if another script trained a whole run there, and results must
+    not depend on that."""
+    prompts = Prompts(run, cfg.max_response, cfg.harmless_share)
+    prompts.toy_prompts = {kind: [] for kind in KINDS}
+    return prompts
+
+
 def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None,
         watch=None, prompts: Prompts | None = None) -> tuple[Learner, list[dict]]:
     """PPO against a PM, from the initial policy, without files -> the learner, and the numbers of
@@ -371,10 +380,10 @@ def ppo(run: Run, pm: ScalarModel, cfg: RLConfig, reference: GPT | None = None,
     over all prompts, "score" and "truth"; "train_score" and "train_kl" are of the last iteration's
     own samples (at the start they are those of "score" and 0). `watch(learner)` is called after
     each measurement.
-    prompts: to learn from; by default those of the run's comparisons (§4.1)."""
+    prompts: to learn from; by default drawn anew (`drawn_prompts`)."""
     reference = reference or load(run)
     learner = Learner(run, cfg, reference, pm)
-    prompts = prompts or Prompts(run, cfg.max_response, cfg.harmless_share)
+    prompts = prompts or drawn_prompts(run, cfg)
     held_out = prompts.held_out(cfg.eval_prompts)
     path, statistics = [], None
     for iteration in range(cfg.iterations + 1):

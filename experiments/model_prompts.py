@@ -97,7 +97,8 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
 
 def experiment(args):
-    cfg, n_written, n_seeds = RLConfig(eval_every=1000), N_WRITTEN, 4 if args.full else 1
+    cfg, n_written = RLConfig(eval_every=1000, eval_prompts=2048), N_WRITTEN
+    n_seeds = 4 if args.full else 1
     if args.tiny:
         cfg, n_written, n_seeds = lab.TINY_RL, 20, 1
 

@@ -139,7 +139,9 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
 
 
 def experiment(args):
-    n, rounds, n_test, n_matches, n_seeds = 120, 2, 400, 1000, 4 if args.full else 1
+    n, rounds, n_test, n_matches, n_seeds = 120, 2, 400, 1000, 1
+    if args.full:
+        n_matches, n_seeds = 4000, 4
     cfg = RLConfig(iterations=40, batch=128, minibatch=32, lr=1e-3, kl_coef=0.02,
                    harmless_share=0.0, eval_every=10, eval_prompts=256)
     if args.tiny:

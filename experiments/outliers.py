@@ -18,13 +18,15 @@ an outlier scores above an inlier.
    outlier score exceeds a threshold, the 95% quantile of the scores of other benign prompts from
    the training side. The gate's detector is chosen beforehand: the relative distance without
    examples, the classifier with 10, both on the last token after the last block.
-5. The control: the same on the vectors of an untrained model of the toy size ("untrained"), which
-   has read the words but learned nothing.
+5. Two controls. The same on the vectors of an untrained model of the toy size ("untrained"), which
+   has read the words but learned nothing. And, where examples are known, a linear classifier of
+   which tokens a prompt holds ("words"): how far does one come without a model?
 
-Two findings, both for the toy size, with one number for each seed (language model): 10 examples
-raise the best AUROC; and with and without them, the gate rejects at least half of the red-team
-prompts (in the control less than half) and loses at most 7.5% of the held-out benign ones. It is
-tuned to lose 5%, but held-out questions are a little more unusual than those that tuned it.
+Three findings, all for the toy size, with one number for each seed (language model). 10 examples
+raise the best AUROC. Without examples, the gate rejects at least half of the red-team prompts, and
+on the untrained model's vectors less than half. With 10 examples, it rejects at least half, and
+more than by the words. Either gate loses at most 10% of the held-out benign prompts. It is tuned to
+lose 5%, but held-out questions are a little more unusual than those that tuned it.
 """
 import lab
 import output
@@ -42,19 +44,32 @@ EXAMPLES = (1, 3, 10, 30, 100)
 SHOWN = 10  # the number of examples that decides
 LOST = 0.05  # share of the benign prompts that a gate's threshold gives up
 GATES = {0: "relative", SHOWN: "exposure"}  # examples -> the detector
-UNTRAINED = "untrained"  # of the toy size
+MOST_LOST = 2 * LOST     # and how many a gate may lose of held-out ones
+UNTRAINED, WORDS = "untrained", "words"  # the controls; the untrained model has the toy size
 WAY = ("size", "token", "layer", "method", "M")  # what tells one detector from another
 
 
 def read(run, policy, n: int, kind: str, held_out: bool, name) -> tuple[dict, torch.Tensor]:
-    """n prompts -> {"last" or "mean" token: vectors (L, n, D)}; which are benign tasks (n,)."""
+    """n prompts -> {"last" or "mean" token: vectors (L, n, D)}, without a policy {"words": vectors
+    (1, n, V)}; which are benign tasks (n,)."""
     rng = run.rng("outliers", kind, held_out, name)
     prompts = [toy_corpus.draw_prompt(rng, kind, held_out) for _ in range(n)]
     ids = [run.tok.encode_dialogue(prompt) for prompt in prompts]
     alike = [toy.understand(prompt).skill.name == "benign task" for prompt in prompts]
-    vectors = {"last": features(policy, ids, device=run.device),
-               "mean": features(policy, ids, mean=True, device=run.device)}
+    if policy is None:
+        vectors = {"words": tokens_held(ids, run.tok.n_vocab)[None]}
+    else:
+        vectors = {"last": features(policy, ids, device=run.device),
+                   "mean": features(policy, ids, mean=True, device=run.device)}
     return vectors, torch.tensor(alike)
+
+
+def tokens_held(rows: list[list[int]], vocab_size: int) -> torch.Tensor:
+    """Which tokens each prompt holds: (n, V) of 0 and 1."""
+    vectors = torch.zeros(len(rows), vocab_size)
+    for vector, ids in zip(vectors, rows):
+        vector[ids] = 1
+    return vectors
 
 
 def untrained(run) -> GPT:
@@ -72,8 +87,8 @@ def gate(known, inner, outer, alike) -> dict:
             "lost_look_alikes": lost[alike].mean().item()}
 
 
-def measure_split(run, policy, n: int, split: int, draws: int, examples: tuple) -> list[dict]:
-    """All detectors on one split of the prompts, a row each."""
+def measure_split(run, policy, split: int, n: int, draws: int, examples: tuple) -> list[dict]:
+    """All detectors on one split of the prompts, a row each. Without a policy: by the words."""
     train, _ = read(run, policy, n, "helpful", False, split)
     others, _ = read(run, policy, n // 2, "helpful", False, f"threshold {split}")
     inside, alike = read(run, policy, n // 2, "helpful", True, split)
@@ -89,12 +104,12 @@ def measure_split(run, policy, n: int, split: int, draws: int, examples: tuple) 
             "auroc": auroc(inner, outer), "against_look_alikes": auroc(inner[alike], outer)}
             | gate(score(others[token][layer]), inner, outer, alike))
 
-    for token in ("last", "mean"):
-        gaussians = [fit_gaussian(vectors) for vectors in train[token]]
+    for token, of_layers in train.items():
+        gaussians = [] if policy is None else [fit_gaussian(vectors) for vectors in of_layers]
         for method, relative in (("Mahalanobis", False), ("relative", True)):
             for layer, gaussian in enumerate(gaussians):
                 measure(lambda v: mahalanobis(v, *gaussian, relative), token, layer, method)
-        last = len(gaussians) - 1
+        last = len(of_layers) - 1
         for m in examples:
             for draw in range(draws):
                 shown = known[token][last][draw * max(EXAMPLES):][:m]
@@ -132,7 +147,8 @@ def best(table: list[dict], size: str, m: int) -> dict:
 
 
 def draw(plt, rows, table):
-    sizes = [size for size in dict.fromkeys(output.column(rows, "size")) if size != UNTRAINED]
+    sizes = [size for size in dict.fromkeys(output.column(rows, "size"))
+             if size not in (UNTRAINED, WORDS)]
     for i, name in enumerate(("auroc", "against_look_alikes"), 1):
         plt.subplot(1, 2, i)
         for size in sizes:
@@ -150,34 +166,47 @@ def draw(plt, rows, table):
         plt.legend()
 
 
-def of_seed(rows: list[dict], size: str) -> dict:
+def of_seed(rows: list[dict]) -> dict:
     """One seed's numbers for the verdict, means over splits and draws."""
-    table = summarize(output.select(rows, size=size))
-    found = {"gain": best(table, size, SHOWN)["AUROC"] - best(table, size, 0)["AUROC"]}
+    table = summarize(rows)
+    found = {"gain": best(table, "toy", SHOWN)["AUROC"] - best(table, "toy", 0)["AUROC"]}
     for m, method in GATES.items():
-        last = max(output.column(output.select(table, method=method), "layer"))
-        [row] = output.select(table, token="last", layer=last, method=method, M=m)
+        row = of_gate(table, "toy", "last", m)
         found |= {f"rejected {m}": row["rejected"], f"lost {m}": row["lost"]}
+    found["untrained"] = max(of_gate(table, UNTRAINED, token, 0)["rejected"]
+                             for token in ("last", "mean"))
+    found["words"] = of_gate(table, WORDS, "words", SHOWN)["rejected"]
     return found
 
 
-def verdict(trained: list[dict], control: list[dict]) -> tuple[str, str]:
-    """Numbers of each seed (`of_seed`), of the policy and of an untrained model -> the gate's
-    outcome, and both sentences."""
+def of_gate(table: list[dict], size: str, token: str, m: int) -> dict:
+    """The row of the gate's detector with m examples: that of the last block."""
+    rows = output.select(table, size=size, token=token, method=GATES[m], M=m)
+    return max(rows, key=lambda row: row["layer"])
+
+
+def verdict(seeds: list[dict]) -> tuple[str, str]:
+    """Numbers of each seed (`of_seed`) -> the outcome of the gate without examples, and the three
+    sentences."""
+    def of(name: str) -> list[float]:
+        return output.column(seeds, name)
+
+    def claims(m: int) -> list[Claim]:
+        return [Claim("red-team prompts rejected", of(f"rejected {m}"), above=0.5),
+                Claim("benign prompts lost", of(f"lost {m}"), below=MOST_LOST)]
+
+    outcome, without = sentence(
+        "without examples, a gate rejects half of the red-team prompts and few benign ones",
+        claims(0) + [Claim("rejected on an untrained model's vectors, the control",
+                           of("untrained"), below=0.5)])
+    _, shown = sentence(
+        f"so does a gate with {SHOWN} examples, and it rejects more than by the words alone",
+        claims(SHOWN) + [Claim("rejected, less the words'",
+                               output.less(of(f"rejected {SHOWN}"), of("words")), above=0.0)])
     _, examples = sentence(
         f"{SHOWN} examples of red-team prompts beat any distance (HH: 0.94 and 0.85 at 52B)",
-        [Claim("gain in AUROC", output.column(trained, "gain"), above=0.0)])
-    claims = []
-    for m in GATES:
-        rejected, lost = f"rejected {m}", f"lost {m}"
-        claims.append(Claim(f"red-team prompts rejected with {m} examples",
-                            output.column(trained, rejected), above=0.5))
-        claims.append(Claim("benign prompts lost", output.column(trained, lost), below=0.075))
-        claims.append(Claim("red-team prompts rejected by an untrained model, the control",
-                            output.column(control, rejected), below=0.5))
-    outcome, words = sentence(
-        "a gate rejects half of the red-team prompts, and few benign ones in the mean", claims)
-    return outcome, f"{words} {examples}"
+        [Claim("gain in AUROC", of("gain"), above=0.0)])
+    return outcome, f"{without} {shown} {examples}"
 
 
 def experiment(args):
@@ -189,19 +218,24 @@ def experiment(args):
 
     def measure(seed: int) -> list[dict]:
         rows = []
-        for size in ["toy", UNTRAINED] + (sizes if seed == args.seed else []):
-            run = lab.base("toy" if size == UNTRAINED else size, seed, args.tiny)
-            policy = untrained(run) if size == UNTRAINED else lab.load(run)
+        toy_run = lab.base("toy", seed, args.tiny)
+        players = {"toy": (toy_run, lab.load(toy_run)), UNTRAINED: (toy_run, untrained(toy_run)),
+                   WORDS: (toy_run, None)}
+        for size in sizes if seed == args.seed else []:
+            run = lab.base(size, seed, args.tiny)
+            players[size] = (run, lab.load(run))
+        for size, (run, policy) in players.items():
+            how = (n, draws, examples)
+            if size == WORDS:  # fewer, because a classifier of so many coordinates takes long
+                how = (n // 4, 2, (SHOWN,))
             for split in range(splits):
-                for row in measure_split(run, policy, n, split, draws, examples):
+                for row in measure_split(run, policy, split, *how):
                     rows.append({"seed": seed, "size": size} | row)
         return rows
 
-    rows, trained, control = output.each_seed("outliers", args, n_seeds, measure), [], []
-    for seed in dict.fromkeys(output.column(rows, "seed")):
-        mine = output.select(rows, seed=seed)
-        trained.append(of_seed(mine, "toy"))
-        control.append(of_seed(mine, UNTRAINED))
+    rows = output.each_seed("outliers", args, n_seeds, measure)
+    seeds = [of_seed(output.select(rows, seed=seed))
+             for seed in dict.fromkeys(output.column(rows, "seed"))]
     table = summarize(rows)
     print("AUROC of red-team prompts against helpful ones, and against look-alikes alone; red-team "
           "prompts rejected by a gate, benign ones lost, look-alikes lost; errors over "
@@ -212,8 +246,8 @@ def experiment(args):
         relative = output.select(table, layer=layer, method="relative")
         wins = sum(b["AUROC"] > a["AUROC"] for a, b in zip(plain, relative))
         print(f"    after block {layer + 1} the relative distance beats the plain one in {wins} of "
-              f"{len(plain)} cases, the untrained model included (HH, Fig. 39: always)")
-    _, sentences = verdict(trained, control)
+              f"{len(plain)} cases, the untrained model's included (HH, Fig. 39: always)")
+    _, sentences = verdict(seeds)
     output.finish("outliers", args, rows, lambda plt: draw(plt, rows, table), sentences)
 
 

@@ -162,7 +162,7 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     for seed in seeds:
         line, power = prediction_errors(output.select(curve_of(rows, *HELPFUL), seed=seed))
         better.append(line - power)
-    _, bent = sentence("the distance to the ceiling is a power law rather",
+    _, bent = sentence("the distance to the ceiling fits a power law better than a line",
                        [Claim("error of the line less that of the power law", better, above=0.0)])
     return outcome, f"{linear} {bent}"
 

@@ -11,7 +11,8 @@ Comparisons are split in halves, as in the paper: a train PM learns from one, a 
 size from the other (HH score each policy by test PMs of all seven sizes). The policy (toy size) is
 trained by PPO against the train PM, without a KL penalty and with two passes over the same
 responses (HH: 0.001 and 2). The paper's PMs grow with the policy or are all of the largest size;
-here the policy stays the same (OO's design), so only the PM's robustness differs.
+here the policy stays the same (OO's design). Its critic still has the PM's size, because it starts
+from the PM.
 
 Measured on held-out prompts, against sqrt(KL): the gain in each PM's score and in true utility. The
 point where the truth peaks is found on one set of prompts, and the fall from it is measured on

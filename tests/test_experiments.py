@@ -43,16 +43,18 @@ SCRIPTS = FINDINGS + ["rollout_speed"]  # which runs in test_rollout.py
 # ---- 1. Verdicts -------------------------------------------------------------
 
 # Made-up numbers that hold.
-GATE = {"gain": 0.1, "rejected 0": 0.9, "lost 0": 0.06, "rejected 10": 0.9, "lost 10": 0.06}
-UNTRAINED = {"rejected 0": 0.2, "rejected 10": 0.3}
+GATE = {"gain": 0.1, "rejected 0": 0.9, "lost 0": 0.06, "rejected 10": 0.9, "lost 10": 0.06,
+        "untrained": 0.2, "words": 0.7}
 
 
-def seeds(numbers: dict, **changed) -> list[dict]:
-    """Four seeds' numbers, a little apart from each other."""
-    found = []
-    for i in range(4):
-        found.append({name: x + i * 1e-4 for name, x in (numbers | changed).items()})
-    return found
+def seeds(numbers: dict, n=4) -> list[dict]:
+    """The numbers of n seeds, a little apart from each other."""
+    return [{name: x + i * 1e-4 for name, x in numbers.items()} for i in range(n)]
+
+
+def gates(n=4, **changed) -> list[dict]:
+    """Numbers of outliers.py; rejected_0 stands for "rejected 0"."""
+    return seeds(GATE | {name.replace("_", " "): x for name, x in changed.items()}, n)
 
 
 def writers(rlhf=0.56, control=0.3, best=0.47, n=4) -> list[dict]:
@@ -61,7 +63,7 @@ def writers(rlhf=0.56, control=0.3, best=0.47, n=4) -> list[dict]:
                                  ("initial (control)", "median writer", control),
                                  ("initial (control)", "best writer", 0.9)):
         for kind, seen in (("helpful", rate), ("harmless", 0.1)):
-            for row in seeds({"win_rate": seen})[:n]:
+            for row in seeds({"win_rate": seen}, n):
                 rows.append(row | {"kind": kind, "policy": policy, "against": writer})
     return rows
 
@@ -209,7 +211,7 @@ def win_rates(steps=(0.6, 0.7, 0.55), control=0.51, small=0.7, n=4) -> list[dict
                                ("SFT", "LM", 0.1), ("PPO", "SFT", steps[2]), ("PPO", "LM", 0.1),
                                ("PPO, coin-flip RM (control)", "SFT", control),
                                ("small PPO-ptx", "prompted LM", small)):
-        for row in seeds({"win_rate": rate})[:n]:
+        for row in seeds({"win_rate": rate}, n):
             rows.append(row | {"player": player, "over": over})
     return rows
 
@@ -453,15 +455,11 @@ VERDICTS = {
         [(snapshots(online=-10.0),), (snapshots(second=30.0),), (snapshots(n=3), OPEN)],
         ["less the static one's: 50.000 [", "Control, DOES NOT HOLD: Elo", "-20.000 ["]),
     "outliers": (
-        (seeds(GATE), seeds(UNTRAINED)),
-        [(seeds(GATE, **{"rejected 0": 0.4}), seeds(UNTRAINED)),
-         (seeds(GATE, **{"rejected 10": 0.4}), seeds(UNTRAINED)),
-         (seeds(GATE, **{"lost 0": 0.08}), seeds(UNTRAINED)),
-         (seeds(GATE, **{"lost 10": 0.08}), seeds(UNTRAINED)),
-         (seeds(GATE), seeds(UNTRAINED, **{"rejected 0": 0.6})),
-         (seeds(GATE), seeds(UNTRAINED, **{"rejected 10": 0.6})),
-         (seeds(GATE)[:3], seeds(UNTRAINED)[:3], OPEN)],
-        ["threshold below 0.075", "HOLDS: 10 examples", "gain in AUROC: 0.100 ["]),
+        (gates(),),
+        [(gates(rejected_0=0.4),), (gates(lost_0=0.11),), (gates(untrained=0.6),),
+         (gates(n=3), OPEN)],
+        ["threshold below 0.1", " HOLDS: so does a gate with 10", "the words': 0.200 [",
+         " HOLDS: 10 examples", "gain in AUROC: 0.100 ["]),
     "pm_scaling": (
         (scaled(),),
         [(scaled(b=-0.01),), (scaled(c=-0.01),), (scaled(noise=0.1),), (scaled(control=0.02),),
@@ -545,6 +543,12 @@ def test_larger_pms_and_the_tax_of_rlhf_have_their_own_verdicts():
     robustness, tax = (importlib.import_module(name) for name in ("robustness", "alignment_tax"))
     assert "DOES NOT HOLD: larger PMs" in robustness.verdict(optimized(truth=-0.1))[1]
     assert "DOES NOT HOLD: so does RLHF alone" in tax.verdict(skills(text=0.2))[1]
+
+
+def test_a_gate_that_knows_examples_has_its_own_verdict():
+    verdict = importlib.import_module("outliers").verdict
+    for numbers in (gates(rejected_10=0.4, words=0.1), gates(lost_10=0.11), gates(words=0.95)):
+        assert "DOES NOT HOLD: so does a gate" in verdict(numbers)[1]
 
 
 def test_over_refusal_has_its_own_verdict():
@@ -665,13 +669,24 @@ def test_a_seed_of_gates_takes_the_last_block_and_the_detector_for_its_examples(
         for token in ("mean", "last"):
             for layer in (0, 1):
                 rejected += 0.01
-                rows.append(dict(size="toy", token=token, layer=layer, method=method, M=m, draw=0,
-                                 seed=0, split=0, rejected=rejected, lost=rejected / 2,
-                                 auroc=rejected, against_look_alikes=0.0, lost_look_alikes=0.0))
-    found = outliers.of_seed(rows + [rows[3] | {"size": "small", "rejected": 9.0}], "toy")
+                row = dict(size="toy", token=token, layer=layer, method=method, M=m, draw=0,
+                           seed=0, split=0, rejected=rejected, lost=rejected / 2, auroc=rejected,
+                           against_look_alikes=0.0, lost_look_alikes=0.0)
+                # An untrained model's mean token rejects more than its last one.
+                more = 0.5 if (token, layer) == ("mean", 1) else 0.1
+                rows += [row, row | {"size": "untrained", "rejected": rejected + more}]
+    rows.append(rows[0] | {"size": "words", "token": "words", "method": "exposure", "M": 10,
+                           "rejected": 0.7})
+    found = outliers.of_seed(rows + [row | {"size": "small", "rejected": 9.0}])
     # 4 rows of each detector, the last of them for the last token after the last block.
     assert found == pytest.approx({"gain": 0.12 - 0.08, "rejected 0": 0.04, "lost 0": 0.02,
-                                   "rejected 10": 0.12, "lost 10": 0.06})
+                                   "rejected 10": 0.12, "lost 10": 0.06, "untrained": 0.52,
+                                   "words": 0.7})
+
+
+def test_words_are_the_tokens_that_a_prompt_holds():
+    held = importlib.import_module("outliers").tokens_held([[1, 3, 1], [0]], 5)
+    assert held.tolist() == [[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
 
 
 def test_writers_are_careful_people_and_the_best_and_median_are_picked_by_the_truth(monkeypatch):
@@ -726,6 +741,36 @@ def test_the_pm_chooses_on_the_crowds_own_pairs():
             wins[winner, loser] += 1
     assert elo.pm_elo(run, "helpful", scores).tolist() == pytest.approx(fit_elo(wins)[0].tolist())
     assert wins[1, 0] > 3 * wins[0, 1] / 2 and wins[2, 0] > 50
+
+
+def test_each_policy_of_elo_has_a_centered_pm_and_the_prompts_of_the_comparisons(monkeypatch):
+    """A PM is the list of what it learned from, a policy the PM that it was trained against."""
+    elo, centered, asked = importlib.import_module("elo"), [], []
+    run = SimpleNamespace(rng=lambda *name: Random(5), load_model=lambda name: name,
+                          path=lambda name: Path(name))
+    monkeypatch.setattr(elo, "read_comparisons", lambda path, kind: (
+        [f"{path.stem} {kind} {i}" for i in range(6)], None))
+    monkeypatch.setattr(elo, "compare_again", lambda run, pairs, name, *speakers: [name])
+    monkeypatch.setattr(lab, "load", lambda run: "initial")
+    monkeypatch.setattr(lab, "train_pm_on", lambda run, pairs, weight, start: list(pairs))
+    monkeypatch.setattr(lab, "center", lambda run, pm, pairs: centered.append(pairs) or pm)
+    monkeypatch.setattr(elo, "Prompts", lambda run, room, share: f"prompts, {share:.2f}")
+
+    def ppo(run, pm, cfg, initial, watch, prompts):
+        asked.append(prompts)
+        for snapshot in range(2 if watch else 0):
+            watch(SimpleNamespace(policy=snapshot))
+        return SimpleNamespace(policy=pm), []
+    monkeypatch.setattr(lab, "ppo", ppo)
+    cfg = RLConfig(harmless_share=0.25)
+    pm, players = elo.train_players(run, cfg, cfg)
+    assert (pm, players[elo.BASE], players[elo.RLHF]) == ("pm.pt", "initial", "policy.pt")
+    assert asked == ["prompts, 0.25", "prompts, 0.25", "prompts, 0.00"]
+    both = [f"test {kind} {i}" for kind in lab.KINDS for i in range(6)]
+    assert centered == [both, both, both[:6], both]  # helpful-only RLHF: the third
+    of_helpful = [pair for pair in players[elo.ONLINE] if "train helpful" in pair]
+    assert len(of_helpful) == 2 and players[elo.ONLINE][-2:] == ["rejection sampling", "online"]
+    assert sorted(players[elo.HELPFUL]) == [f"train helpful {i}" for i in range(6)]
 
 
 def test_comparisons_are_made_again_on_the_same_prompts():

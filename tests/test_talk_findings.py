@@ -110,7 +110,7 @@ def test_groups_differ_in_what_they_go_on_from(run, monkeypatch):
     monkeypatch.setattr(conversations, "probe", lambda run, last, model: model)
     rows, picked = conversations.drift(run, 2, "helpful", 5)
     assert [call[3:] for call in calls] == [("drift helpful", ["", "random"]),
-                                            ("drift helpful again", ["random"])]
+                                            ("drift helpful again", ["", "random"])]
     assert [exchange.group for exchange in picked] == ["", ""]
     assert rows[1] == {"part": "drift", "seed": 7, "kind": "helpful", "group": "random", "n": 1,
                        "turn 1": -1.0, "turn 2": 3.0, "probe": "initial.pt", "LM probe": "lm.pt"}
@@ -297,8 +297,9 @@ def test_each_policy_has_its_own_pm_prompts_and_share(run, monkeypatch, tmp_path
 # ---- 3. lab.py ---------------------------------------------------------------
 
 
-def test_ppo_draws_from_the_prompts_that_it_is_given(run, monkeypatch, tmp_path):
-    run.path = lambda name: tmp_path / name
+def test_ppo_draws_from_the_prompts_that_it_is_given(run, monkeypatch):
+    """By default they are drawn anew, even if the run's folder holds comparisons."""
+    monkeypatch.setattr(Prompts, "load_toy", lambda self, kind: [FRANCE])
     drawn = {}
 
     class Learner:
