@@ -65,7 +65,11 @@ class Prompts:
         texts = []
         for path in sorted(self.run.path("comparisons").glob(f"{kind}-*/train.jsonl")):
             texts += [comparison.prompt for comparison in read_comparisons(path, kind)[0]]
-        return [text for text in texts if len(self.run.tok.encode_dialogue(text)) <= self.room]
+        fitting = [text for text in texts if len(self.run.tok.encode_dialogue(text)) <= self.room]
+        if len(fitting) < len(texts):
+            print(f"    left out {len(texts) - len(fitting):,} of {len(texts):,} {kind} prompts, "
+                  f"which exceed {self.room} tokens")
+        return fitting
 
     def load_real(self, split: str) -> list[tuple[str, str]]:
         found, _ = load_comparisons(self.run.data, split, self.run.subsets)
@@ -137,8 +141,9 @@ def sample_replies(run: Run, cfg: PPOConfig, policy: GPT, prompts: PromptBatch,
 
 def measure(run: Run, cfg: PPOConfig, policy: GPT, reference: GPT, pm: ScalarModel,
             prompts: PromptBatch):
-    """One reply to each held-out prompt: the N Rollouts, their scores (N,), and their KL to the
-    reference (N,) in nats per response (HH §4.3 takes training samples)."""
+    """One reply to each held-out prompt: the N Rollouts, their scores (N,), which include the
+    penalty on unfinished ones as in training, and their KL to the reference (N,) in nats per
+    response (HH §4.3 takes training samples)."""
     ro = sample_replies(run, cfg, policy, prompts, list(range(len(prompts.ids))))
     scores = pm_scores(pm, ro, run.tok.end_of_context, cfg)
     k1, _ = kl_estimates(all_logprobs(policy, ro, cfg), all_logprobs(reference, ro, cfg))

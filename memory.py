@@ -78,10 +78,10 @@ def sampling_memory(cfg: GPTConfig, slots: int, size: int, device="cpu") -> dict
 def fitting_slots(cfg: GPTConfig, size: int, device="cpu", budget: float = 0.0) -> int:
     """Return the largest power of two, at most MOST_SLOTS, whose memory fits into `budget` bytes
     (0: half of what is free). Raises UserError if not even one slot fits."""
-    on_cpu = torch.device(device).type == "cpu"
-    sharers = ranks.n_on_machine() if on_cpu else 1  # each rank has a GPU of its own
+    has_own_memory = torch.device(device).type == "cuda"  # a Mac's GPU shares that of the CPU
+    sharers = 1 if has_own_memory else ranks.n_on_machine()
     budget = budget or free_memory(device) / 2 / sharers
-    slots = MOST_SLOTS["cpu" if on_cpu else "gpu"]
+    slots = MOST_SLOTS["gpu" if has_own_memory else "cpu"]
     while slots > 1 and sum(sampling_memory(cfg, slots, size, device).values()) > budget:
         slots //= 2
     needed = sum(sampling_memory(cfg, slots, size, device).values())

@@ -15,6 +15,7 @@ Read it in this order:
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Sequence
 
 import hub
 import ranks
@@ -23,7 +24,7 @@ from memory import StageMemory, check_stage
 from model import GPT, SIZES, GPTConfig
 from pm import ScalarModel
 from run import UserError, choose_device, flag, load, main as run_command
-from stage import Folder
+from stage import Folder, Stage
 
 # ---- 1. PIPELINES ------------------------------------------------------------
 
@@ -125,6 +126,19 @@ def main(command, description: str, **configs):
 # ---- 3. Run ------------------------------------------------------------------
 
 
+def data_files(root, subsets: list[str] | None = None) -> list[Path]:
+    """All files from which data.load_comparisons can read, given the same root and subsets."""
+    root = Path(root)
+    if root.is_file():
+        return [root]
+    found = []
+    for split in ("test", "train"):
+        for file in sorted(root.glob(f"*/{split}.jsonl*")):
+            if subsets is None or file.parent.name in subsets:
+                found.append(file)
+    return found
+
+
 class Run(Folder):
     """An output folder that also knows what data, tokenizer and models its stages share."""
 
@@ -154,6 +168,11 @@ class Run(Folder):
         if cfg.export and Path(cfg.export).resolve() == out.resolve():
             raise UserError("--export needs a folder of its own, not that of --out")
         super().__init__(out, PIPELINES[cfg.paper], options, SPEED_OPTIONS, cfg.seed, cfg.resume)
+
+    def begin(self, name: str, cfg, data: Sequence[str] = ()) -> "Stage | None":
+        """As in Folder; the files of --data must not change, either, while a stage is resumed."""
+        files = [] if self.toy else data_files(self.data, self.subsets)
+        return super().begin(name, cfg, [*files, *data])
 
     def check_paper(self, **configs):
         """Raise UserError if an option was set of a stage that --paper does not have."""

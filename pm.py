@@ -4,6 +4,7 @@ Read it in this order:
   1. The model   the scalar head (which the critic has, too), and scores of many rows
   2. The loss    of a comparison: which of two replies did a person prefer?
   3. The report  accuracy, its interval, a baseline and the ceiling
+  4. Faster      replies to one prompt in one row (the same scores; skip it at first)
 
 Legend:  B rows   T time   D width   N comparisons
 A score r is a logit: P(A is preferred to B) = sigmoid(r_A - r_B) (Eq. 4.2). A difference of 1 is
@@ -73,56 +74,6 @@ def score_rows(pm: ScalarModel, rows: list[list[int]], token_budget: int = 0, de
     return ranks.add_up(scores)
 
 
-def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
-    """Scores (B, K), differentiable, of K rows of ids for each of B comparisons: rows[b][k].
-
-    The K rows of a comparison begin with the same prompt, and a token's hidden state depends only
-    on what stands before it. So one row can hold the shared part once, and after it the rest of
-    each row: K branches. A branch sees the shared part and itself, and its positions continue
-    those of the shared part. The scores are the same as those of K separate rows. Where
-    comparisons have different numbers of rows, K is the largest, and the others' last score is
-    repeated."""
-    ids, positions, branches, ends = [], [], [], []
-    K = max(len(comparison) for comparison in rows)
-    for comparison in rows:
-        shared = shared_length(comparison)
-        row = comparison[0][:shared]
-        position, branch, end = list(range(shared)), [0] * shared, []
-        for number, whole in enumerate(comparison, start=1):
-            row = row + whole[shared:]
-            position.extend(range(shared, len(whole)))
-            branch.extend([number] * (len(whole) - shared))
-            end.append(len(row) - 1)
-        end += end[-1:] * (K - len(end))
-        ids.append(row)
-        positions.append(position)
-        branches.append(branch)
-        ends.append(end)
-    ids = pad(ids)[0].to(device)              # (B, T)
-    positions = pad(positions)[0].to(device)  # (B, T)
-    branch = pad(branches)[0].to(device)      # (B, T); 0 is the shared part
-    ends = torch.tensor(ends, device=device)  # (B, K)
-    T = ids.shape[1]
-    # Entry [b, i, j] says whether token i sees token j. No token sees the pads, which come last.
-    is_before = torch.ones(T, T, dtype=torch.bool, device=device).tril()  # (T, T)
-    is_own = branch[:, :, None] == branch[:, None, :]                     # (B, T, T)
-    is_shared = branch[:, None, :] == 0                                   # (B, 1, T)
-    mask = is_before & (is_own | is_shared)                               # (B, T, T)
-    with autocast(device):
-        rows_of_ends = torch.arange(len(ids), device=device)[:, None]     # (B, 1)
-        return pm(ids, (rows_of_ends, ends), positions, mask[:, None])    # (B, K)
-
-
-def shared_length(rows: list[list[int]]) -> int:
-    """How many ids the rows have in common at their beginning. The last id of a row never counts,
-    so each row has a branch."""
-    most = min(len(row) for row in rows) - 1
-    for position in range(most):
-        if len({row[position] for row in rows}) > 1:
-            return position
-    return most
-
-
 # ---- 2. The loss -------------------------------------------------------------
 
 
@@ -189,3 +140,56 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+# ---- 4. Faster: rows that share their prompt ---------------------------------
+
+
+def score_branches(pm: ScalarModel, rows: list[list[list[int]]], device):
+    """Scores (B, K), differentiable, of K rows of ids for each of B comparisons: rows[b][k].
+
+    The K rows of a comparison begin with the same prompt, and a token's hidden state depends only
+    on what stands before it. So one row can hold the shared part once, and after it the rest of
+    each row: K branches. A branch sees the shared part and itself, and its positions continue
+    those of the shared part. The scores are the same as those of K separate rows. Where
+    comparisons have different numbers of rows, K is the largest, and the others' last score is
+    repeated."""
+    ids, positions, branches, ends = [], [], [], []
+    K = max(len(comparison) for comparison in rows)
+    for comparison in rows:
+        shared = shared_length(comparison)
+        row = comparison[0][:shared]
+        position, branch, end = list(range(shared)), [0] * shared, []
+        for number, whole in enumerate(comparison, start=1):
+            row = row + whole[shared:]
+            position.extend(range(shared, len(whole)))
+            branch.extend([number] * (len(whole) - shared))
+            end.append(len(row) - 1)
+        end += end[-1:] * (K - len(end))
+        ids.append(row)
+        positions.append(position)
+        branches.append(branch)
+        ends.append(end)
+    ids = pad(ids)[0].to(device)              # (B, T)
+    positions = pad(positions)[0].to(device)  # (B, T)
+    branch = pad(branches)[0].to(device)      # (B, T); 0 is the shared part
+    ends = torch.tensor(ends, device=device)  # (B, K)
+    T = ids.shape[1]
+    # Entry [b, i, j] says whether token i sees token j. No token sees the pads, which come last.
+    is_before = torch.ones(T, T, dtype=torch.bool, device=device).tril()  # (T, T)
+    is_own = branch[:, :, None] == branch[:, None, :]                     # (B, T, T)
+    is_shared = branch[:, None, :] == 0                                   # (B, 1, T)
+    mask = is_before & (is_own | is_shared)                               # (B, T, T)
+    with autocast(device):
+        rows_of_ends = torch.arange(len(ids), device=device)[:, None]     # (B, 1)
+        return pm(ids, (rows_of_ends, ends), positions, mask[:, None])    # (B, K)
+
+
+def shared_length(rows: list[list[int]]) -> int:
+    """How many ids the rows have in common at their beginning. The last id of a row never counts,
+    so each row has a branch."""
+    most = min(len(row) for row in rows) - 1
+    for position in range(most):
+        if len({row[position] for row in rows}) > 1:
+            return position
+    return most

@@ -2,6 +2,7 @@
 
     python rankings.py --preset instructgpt
 
+In IG's Fig. 2 this is step 2; here it is stage 3 (train_sft.py says how the two count).
 Ouyang et al. 2022 ("IG") show a labeler K = 4 to 9 replies at once, which gives K (K - 1) / 2 pairs
 for one reading of the prompt. The reward model (RM) is the preference model of pm.py, and the loss
 of a pair is its ranking loss. Read this file in this order:
@@ -36,7 +37,7 @@ from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, sh
 from record import of_pm
 from rollout import rollout
 from train_lm import LMConfig, ensure_pretrained, set_lr
-from train_pm import check_toy_prompts, from_lm
+from train_pm import check_comparisons, check_toy_prompts, from_lm
 from train_sft import SelectConfig, SFTConfig, cosine_to_a_tenth
 
 
@@ -167,20 +168,27 @@ def is_numbers(x, n: int) -> bool:
 def rankings(run: Run, cfg: RMConfig, split: str) -> list[Ranking]:
     """The rankings of one split, "train" or "test": read, or sampled and written to the folder."""
     if cfg.data:
-        found, counts = read_rankings(cfg.data)
-        in_split = [ranking for ranking in found if in_test(ranking) == (split == "test")]
-        print(f"    replies of {cfg.data}: {counts_line(counts)}; {len(in_split):,} of "
-              f"{len(found):,} rankings are {split} rankings")
-        if not in_split:
-            raise UserError(f"{cfg.data}: none of its {len(found):,} usable rankings is a {split} "
-                            "ranking; one prompt in sixteen is held out, so add more")
-        return in_split
+        found, note = read_split(cfg.data, split)
+        print(f"    {note}")
+        return found
     path = run.path(f"rankings/{split}.jsonl")
     if not path.exists():
         found = sample(run, cfg, split, cfg.prompts if split == "train" else cfg.test)
         write_jsonl(path, [asdict(ranking) for ranking in found])
     ranks.wait()  # until the file is there
     return read_rankings(path, as_is=True)[0]
+
+
+def read_split(path: str, split: str) -> tuple[list[Ranking], str]:
+    """The rankings of one split of a file, and a note on what was read. Raises UserError if the
+    split has none."""
+    found, counts = read_rankings(path)
+    in_split = [ranking for ranking in found if in_test(ranking) == (split == "test")]
+    if not in_split:
+        raise UserError(f"{path}: none of its {len(found):,} usable rankings is a {split} "
+                        "ranking; one prompt in sixteen is held out, so add more")
+    return in_split, (f"replies of {path}: {counts_line(counts)}; {len(in_split):,} of "
+                      f"{len(found):,} rankings are {split} rankings")
 
 
 # ---- 2. Elements -------------------------------------------------------------
@@ -269,11 +277,11 @@ def fit(run: Run, stage, cfg: RMConfig, pm: ScalarModel, elements: list[Element]
     for step, batch in stage.steps(batches, save_every=50):
         set_lr(optimizer, cosine_to_a_tenth(cfg.lr, step / len(batches)))
         optimizer.zero_grad(set_to_none=True)
-        own, loss = [elements[i] for i in batch.tolist()], 0.0
-        lengths = [length(element) for element in own]
+        in_batch, loss = [elements[i] for i in batch.tolist()], 0.0
+        lengths = [length(element) for element in in_batch]
         for piece in ranks.own_batches(lengths, tokens_at_once(cfg.token_budget, run.device)):
-            losses = element_losses(pm, [own[i] for i in piece], run.device)
-            partial = losses.sum() / len(own)
+            losses = element_losses(pm, [in_batch[i] for i in piece], run.device)
+            partial = losses.sum() / len(in_batch)
             partial.backward()
             loss += partial.item()
         ranks.add_up_gradients(pm)
@@ -296,10 +304,11 @@ def train(run: Run, cfg: RMConfig):
     # IG §3.5: the SFT model with a new head. (C.2: the final RM came from a GPT-3 finetuned on
     # public NLP data; starting from GPT-3 or from the SFT model gave similar results.)
     pm = from_lm(run, "sft.pt")
-    stage.record()  # before the replies are sampled: from here on the old RM is stale
-    if stage.state is None:
-        for split in ("train", "test"):
-            run.path(f"rankings/{split}.jsonl").unlink(missing_ok=True)
+    if not cfg.data:
+        stage.record()  # before the replies are sampled: from here on the old RM is stale
+        if stage.state is None:
+            for split in ("train", "test"):
+                run.path(f"rankings/{split}.jsonl").unlink(missing_ok=True)
     print(f"[3] reward model: rankings {'of ' + cfg.data if cfg.data else 'by labelers'}")
     elements = encode(run, rankings(run, cfg, "train"))
     test_elements = encode(run, rankings(run, cfg, "test"))
@@ -361,8 +370,11 @@ def check_early(run: Run, sft: SFTConfig, rm: RMConfig, select: SelectConfig,
         run.check_room(option, max_response)
     if run.toy:
         run.checks.append(lambda: check_toy_prompts(run, lengths))
+    elif rl_max_response:
+        run.checks.append(lambda: check_comparisons(run, run.data, ["train", "test"], run.subsets))
     if rm.data:
-        read_rankings(rm.data)
+        for split in ("train", "test"):
+            read_split(rm.data, split)
     elif not run.toy:
         raise UserError("--paper instructgpt needs --rm.data on real data: a .jsonl file of "
                         "rankings")

@@ -9,7 +9,8 @@ the same random choices. The work on a batch is divided: a rank samples, scores 
 share of the rows, and the results, or the gradients, are added up over the ranks. Random numbers
 belong to responses and not to ranks, and each loss is divided by the tokens of the whole batch. So
 N ranks make the same run as one, up to rounding, for any N and any size of a batch, and --resume
-may continue with another N. Only rank 0 writes files and prints (run.is_first).
+may continue with another N. (The exception is SFT's dropout, whose masks depend on how the rows are
+divided.) Only rank 0 writes files and prints (run.is_first).
 
 Read it in this order:
   1. Work       a rank's share, and sums over the ranks
@@ -44,6 +45,10 @@ TIMEOUT = timedelta(hours=1)
 
 def n_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if n_ranks() > 1 else 0
 
 
 def share(lengths: list[int]) -> list[int]:

@@ -38,7 +38,7 @@ from choices import check_people, people_comparisons
 from collect import collect
 from data import (HUMAN, Comparison, counts_line, encode_comparison, load_comparisons, pad,
                   write_comparisons)
-from pipeline import Run, RunConfig, main
+from pipeline import Run, RunConfig, data_files, main
 from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length
 from record import of_pm
 from train_lm import (CDConfig, LMConfig, check_early as check_lm_early, ensure as ensure_lm,
@@ -229,7 +229,7 @@ def from_lm(run: Run, name: str = "lm.pt") -> ScalarModel:
 
 def pretrain(run: Run, cfg: PMPConfig):
     """Preference-model pretraining. Reads lm.pt, writes pmp.pt."""
-    stage = run.begin("pmp", cfg)
+    stage = run.begin("pmp", cfg, data=data_files(cfg.data) if cfg.data else [])
     if stage is None:
         return
     pm = from_lm(run)

@@ -154,6 +154,9 @@ def make_prompts(run: Run, cfg: RLConfig) -> Prompts:
     for kind in ("helpful", "harmless"):
         if prompts.texts_of(kind, "train"):
             prompts.written[kind] = write_prompts(run, lm, prompts, kind, cfg.written)
+    if not prompts.written:
+        raise UserError("--model-prompts needs comparisons, whose questions the language model is "
+                        "shown; there are none here")
     prompts.written_share = cfg.model_prompts
     return prompts
 
@@ -194,7 +197,7 @@ def train(run: Run, cfg: RLConfig, watch=None):
             stage.log_record(n_updates, **recorder.content(n_updates, learner.result,
                                                            learner.critic))
         if watch:
-            watch(n_updates, learner.policy)
+            watch(n_updates, learner.result)
 
     after, replies_after = evaluate(run, cfg, learner.result, reference, pm, held_out)
     # A line of its own: the policy is that of line cfg.iterations, with no further update.
@@ -224,6 +227,9 @@ def command(run: RunConfig, lm: LMConfig, cd: CDConfig, pmp: PMPConfig, pm: PMCo
         folder.check_memory(lm, cd, pmp, pm, rl)
         check_early(folder, cd, pmp, pm, rl.max_response)
     else:
+        if folder.toy and rl.model_prompts > 0:
+            raise UserError("--model-prompts needs comparisons, and the toy world's InstructGPT "
+                            "has none")
         folder.check_memory(lm, sft=sft, rm=rm, rl=rl)
         rankings.check_early(folder, sft, rm, select, rl.max_response)
     with report.written_at_the_end(folder.out, is_writer=is_first()):

@@ -3,7 +3,9 @@
     python train_sft.py --preset instructgpt
 
 Ouyang et al. 2022 ("IG") start where HH distills a prompt: people write the replies that a model
-should give, and the model learns to imitate them. Read this file in this order:
+should give, and the model learns to imitate them. Stage 1, the language model, stands for GPT-3.
+IG's step 1 (Fig. 2) is stages 2 and 4 here, step 2 is stage 3, step 3 is stage 5: an epoch of SFT
+can only be selected once there is a reward model. Read this file in this order:
   1. Demonstrations   written by scripted labelers, or read from a file
   2. The loss         next-token prediction on the reply's tokens only
   3. Training         stage 2: several epochs, some of which are kept
@@ -59,7 +61,7 @@ class SFTConfig:
 @dataclass
 class SelectConfig:
     by: str = "score"            # the best epoch by RM "score" (IG §3.5) or "loss", or the "last"
-    max_response: int = 32       # toy: tokens of a sampled reply
+    max_response: int = 32       # tokens of a sampled reply
 
 
 # ---- 1. Demonstrations -------------------------------------------------------
@@ -130,7 +132,8 @@ def mean_reply_loss(model: GPT, examples: list[Example], device) -> float:
 
 
 class PretrainingText:
-    """Random documents of the language model's corpus, as rows of ids."""
+    """Random documents of the corpus that the language model reads here, as rows of ids. (Weights
+    that --init names have read another one; what only they know is not in it.)"""
 
     def __init__(self, run: Run, name: str):
         """name: of the stage that reads them, which seeds the draws."""
@@ -194,7 +197,8 @@ def train(run: Run, cfg: SFTConfig):
     for step, batch in stage.steps(batches, save_every=50):
         set_lr(optimizer, cosine_to_a_tenth(cfg.lr, step / len(batches)))
         optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(run.rng("sft dropout", step).getrandbits(62))  # also on resuming
+        # The same on resuming, and another one on each rank, which has other rows.
+        torch.manual_seed(run.rng("sft dropout", step).getrandbits(62) + ranks.rank())
         model.train()
         loss = add_gradients(model, [examples[i] for i in batch.tolist()], 1 - cfg.pretraining,
                              device)
@@ -313,6 +317,10 @@ def check_early(run: Run, sft: SFTConfig, select: SelectConfig):
     """Find out before any training whether stages 2 and 4 can run."""
     if run.cfg.export:
         hub.check_export(run.cfg.export)
+    if run.device.type == "mps" and run.cfg.recompute and sft.dropout > 0:
+        # Recomputing restores the random numbers of a CPU and of CUDA only.
+        raise UserError("--recompute with dropout gives wrong gradients on mps: leave it out, or "
+                        "set --sft.dropout 0")
     if select.by not in ("score", "loss", "last"):
         raise UserError(f"--select.by {select.by}: choose score, loss or last")
     for name in ("dropout", "pretraining"):

@@ -46,7 +46,7 @@ def test_toy_prompts_are_of_the_split_and_the_kinds_that_are_asked_for(monkeypat
     assert zero.kinds == ["helpful"] * 50  # 0 is a share, too
 
 
-def test_toy_prompts_are_those_of_the_comparisons(tmp_path):
+def test_toy_prompts_are_those_of_the_comparisons(tmp_path, capsys):
     """As often as they were compared, where they fit; a kind without comparisons is drawn, and so
     is what is held out."""
     run = StubRun(tok=TOK, toy=True, context=200, path=tmp_path.joinpath)
@@ -59,6 +59,7 @@ def test_toy_prompts_are_those_of_the_comparisons(tmp_path):
                  for text in texts]
         write_comparisons(tmp_path / "comparisons" / "helpful-base" / f"{split}.jsonl", pairs)
     prompts = Prompts(run, 32, harmless_share=0.5)
+    assert f"left out 1 of 5 helpful prompts, which exceed {room} tokens" in capsys.readouterr().out
     batch = prompts.draw(800, "x", held_out=False)
     helpful = [text for text, kind in zip(batch.texts, batch.kinds) if kind == "helpful"]
     assert set(helpful) == {texts[0], texts[3]}

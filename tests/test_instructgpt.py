@@ -527,6 +527,7 @@ def test_step_by_step_is_the_same_run_and_gamma_0_is_plain_ppo(whole, tmp_path):
 @pytest.mark.parametrize("args, words", [
     ("--paper hh", "--preset instructgpt contradicts --paper hh"),
     ("--paper gpt", "--paper gpt: choose hh or instructgpt"),
+    ("--model-prompts 0.5", "--model-prompts needs comparisons"),
     ("--cd.documents 5", "--cd.documents has no effect with --paper instructgpt"),
     ("--preset tiny --paper instructgpt", "--cd.documents has no effect"),
     ("--preset tiny --sft.epochs 3", "--sft.demonstrations has no effect with --paper hh"),
@@ -568,10 +569,50 @@ def test_peoples_demonstrations_and_rankings(whole, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "read 80, kept 7" in said and "dropped 80 (repeated reply 80)" in said
     assert "true helpfulness" not in said[said.index("[4]"):said.index("[5]")]  # unknown questions
-    write(tmp_path / "r.jsonl", judged[:1])
-    (out / "pm.pt").unlink()
-    assert execute("train_rl.py", out, *args) == 2
-    assert "one prompt in sixteen is held out" in capsys.readouterr().err
+    before = content(out)
+    for wrong in (judged[:1], [judged[1]]):  # a split is empty: nothing is begun
+        write(tmp_path / "r.jsonl", wrong)
+        assert execute("rankings.py", out, *args) == 2
+        assert "one prompt in sixteen is held out" in capsys.readouterr().err
+        assert content(out) == before
+
+
+def test_data_that_a_later_stage_needs_is_missed_early(tmp_path):
+    """Stage 5 evaluates on held-out comparisons. A Mac's random numbers are not restored."""
+    folder = tmp_path / "real" / "helpful-base"
+    folder.mkdir(parents=True)
+    write(folder / "train.jsonl", [{"chosen": f"{HUMAN} a{ASSISTANT} b",
+                                    "rejected": f"{HUMAN} a{ASSISTANT} c"}])
+    shown = [{"prompt": f"Say {n}.", "reply": f"{n}."} for n in range(60)]
+    judged = [ranked(prompt=f"Say {n}.", replies=[f"{n}.", "No."], ranks=[1, 2]) for n in range(60)]
+    sft = train_sft.SFTConfig(data=str(write(tmp_path / "d.jsonl", shown)))
+    rm = RMConfig(data=str(write(tmp_path / "r.jsonl", judged)))
+    options = pipeline.RunConfig(data=str(folder.parent), paper="instructgpt", context=96,
+                                 recompute=True, out=str(tmp_path / "out"))
+    for room, n_checks in ((0, 0), (32, 1)):
+        run = pipeline.Run(options)
+        rankings.check_early(run, sft, rm, train_sft.SelectConfig(), room)
+        assert len(run.checks) == n_checks
+    run.tok = words_tok()
+    with pytest.raises(UserError, match="no test comparisons at"):
+        run.checks[0]()
+    run.device = torch.device("mps")
+    with pytest.raises(UserError, match="--recompute with dropout gives wrong gradients on mps"):
+        train_sft.check_early(run, sft, train_sft.SelectConfig())
+
+
+def test_a_stage_is_resumed_with_the_comparisons_that_it_began_with(tmp_path):
+    for subset in ("harmless-base", "helpful-base"):
+        (tmp_path / "real" / subset).mkdir(parents=True)
+        for name in ("train.jsonl.gz", "test.jsonl", "notes.txt"):
+            (tmp_path / "real" / subset / name).touch()
+    folder = tmp_path / "real" / "helpful-base"
+    assert len(pipeline.data_files(tmp_path / "real")) == 4
+    assert pipeline.data_files(folder / "notes.txt") == [folder / "notes.txt"]
+    run = pipeline.Run(pipeline.RunConfig(data=str(tmp_path / "real"), subsets="helpful-base",
+                                          out=str(tmp_path / "out")))
+    stage = run.begin("lm", train_lm.LMConfig(), data=["README.md"])
+    assert stage.data == [folder / "test.jsonl", folder / "train.jsonl.gz", "README.md"]
 
 
 def test_real_data_from_files_alone(tmp_path, capsys):

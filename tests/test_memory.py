@@ -83,11 +83,11 @@ def test_memory_by_hand():
 
 
 @pytest.mark.parametrize("cfg, size", [(CFG, 64), (SIZES["gpt2"], 1024), (SIZES["13B"], 8192)])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_fitting_slots_is_the_largest_power_of_two_that_fits(cfg, size, device):
     def needed(slots):
         return sum(sampling_memory(cfg, slots, size, device).values())
-    most = MOST_SLOTS["cpu" if device == "cpu" else "gpu"]
+    most = MOST_SLOTS["gpu" if device == "cuda" else "cpu"]
     for slots in (2, 8, most):
         assert fitting_slots(cfg, size, device, needed(slots)) == slots
         assert fitting_slots(cfg, size, device, needed(slots) - 1) == slots // 2
