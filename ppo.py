@@ -86,13 +86,14 @@ def pm_scores(pm: ScalarModel, ro: Rollouts, end_of_context: int, cfg: PPOConfig
 
 def tokens_at(ro: Rollouts, i):
     """Rows and columns, (n,) each, of the real tokens of responses i in a rectangle (B, R). So for
-    any x (N, R), x[i][tokens_at(ro, i)] holds the numbers of these tokens: (n,)."""
+    any x (N, R), x[i][tokens_at(ro, i)] holds the numbers of these tokens: (n,). Two responses of 2
+    and 3 tokens have n = 5, the rows 0 0 1 1 1 and the columns 0 1 0 1 2."""
     return ro.mask[i].nonzero(as_tuple=True)
 
 
 def states_at(ro: Rollouts, i, at):
     """Rows and columns, (n,) each, of the states of these tokens in ro.rows(i) (B, T): one position
-    before each token."""
+    before each token. A response's first token is chosen in the state of its prompt's last one."""
     row, t = at
     return row, ro.prompt_len[i][row] - 1 + t
 

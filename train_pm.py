@@ -299,14 +299,7 @@ def train(run: Run, cfg: PMConfig, is_collected: bool = False, data: Sequence[st
     pairs = encode(run, comparisons(run, cfg, "train", is_collected) + people_train)
     test_pairs = encode(run, comparisons(run, cfg, "test", is_collected))
     people_pairs = encode(run, people_test)
-    weights = torch.ones(len(pairs.chosen))
-    for j, comparison in enumerate(pairs.comparisons):
-        if comparison.kind == "harmless":  # red-team pairs weigh lambda (§5.1.2)
-            weights[j] = cfg.harmless_weight
-    if not weights.any():
-        raise UserError("--pm.harmless-weight 0 leaves nothing to train on: all comparisons are "
-                        "red-team comparisons")
-    fit(run, stage, cfg, pm, pairs, weights)
+    fit(run, stage, cfg, pm, pairs, weights_of(pairs, cfg.harmless_weight))
 
     scores = measure(run, cfg, stage, pm, test_pairs, "")
     people_scores = measure(run, cfg, stage, pm, people_pairs, "people ")
@@ -317,6 +310,18 @@ def train(run: Run, cfg: PMConfig, is_collected: bool = False, data: Sequence[st
     # App. B.2: subtract the mean on held-out replies, so that different PMs' scores are comparable.
     pm.mean += scores.mean().to(run.device)
     stage.end(**run.checkpoint(pm))
+
+
+def weights_of(pairs: EncodedPairs, harmless_weight: float):
+    """What each pair counts in the loss, (N,): lambda if it is a red-team pair (§5.1.2), else 1."""
+    weights = torch.ones(len(pairs.chosen))
+    for j, comparison in enumerate(pairs.comparisons):
+        if comparison.kind == "harmless":
+            weights[j] = harmless_weight
+    if not weights.any():
+        raise UserError("--pm.harmless-weight 0 leaves nothing to train on: all comparisons are "
+                        "red-team comparisons")
+    return weights
 
 
 def measure(run: Run, cfg: PMConfig, stage, pm: ScalarModel, pairs: EncodedPairs, source: str):

@@ -207,12 +207,8 @@ def train_pm_on(run: Run, pairs: list[Comparison], weight: float = 1.0, cfg=None
     pm = run.prepare(copy.deepcopy(start)) if start else train_pm.from_lm(run)
     cfg = cfg or PMConfig()
     encoded = train_pm.encode(run, pairs)
-    weights = torch.ones(len(encoded.chosen))  # (N,)
-    for i, comparison in enumerate(encoded.comparisons):
-        if comparison.kind == "harmless":
-            weights[i] = weight
     with stage_without_files(run, "pm", cfg) as stage:
-        train_pm.fit(run, stage, cfg, pm, encoded, weights)
+        train_pm.fit(run, stage, cfg, pm, encoded, train_pm.weights_of(encoded, weight))
     return pm.requires_grad_(False)
 
 
