@@ -241,7 +241,8 @@ def match(run: Run, a: GPT, b: GPT, kind: str, n: int, max_response: int = 32,
           name: str = "match"):
     """n held-out conversations in which two models answer side by side at each turn (App. B.5)
     -> wins (2, 2) for ratings.fit_elo: [0, 1] counts a's replies that were judged better than b's.
-    Replies that cannot be compared (equal, empty or unfinished ones) count for neither. The same people come to matches of the same `name`."""
+    Replies that cannot be compared (equal, empty or unfinished ones) count for neither. The same
+    people come to matches of the same `name`."""
     players = [Sampler(model, run.tok.end_of_turn) for model in (a, b)]
     exchanges = converse(run, f"{name} {kind}", players, [kind] * n, [MAX_TURNS] * n, held_out=True,
                          max_response=max_response)

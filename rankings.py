@@ -32,6 +32,7 @@ import toy_labelers
 import train_sft
 from data import MARKER, Comparison, counts_line, cut_prompt, in_test, read_jsonl
 from demonstrations import as_prompt, as_reply, kind_of
+from model import GPT
 from pipeline import Run, RunConfig, main
 from pm import ScalarModel, ranking_loss, report, score_branches, score_rows, shared_length
 from record import of_pm
@@ -76,23 +77,16 @@ def sample(run: Run, cfg: RMConfig, split: str, n: int) -> list[Ranking]:
     all the replies to a prompt. So the RM has seen each of them before it judges them."""
     models, counts, found = list(train_sft.load_epochs(run).values()), Counter(read=0, kept=0), []
     for number, model in enumerate(models):
-        rng, drawn, ids = run.rng("rankings", split, number), [], []
+        rng, prompts, kinds, ks = run.rng("rankings", split, number), [], [], []
         for _ in range(number, n, len(models)):
             prompt, kind, _ = toy_labelers.draw_prompt(rng, held_out=split == "test")
-            drawn.append((prompt, kind, rng.randint(cfg.least, cfg.most)))
-            ids += [run.tok.encode_dialogue(prompt)] * drawn[-1][2]
-        if not drawn:
-            continue
+            prompts.append(prompt)
+            kinds.append(kind)
+            ks.append(rng.randint(cfg.least, cfg.most))
         generator = run.torch_rng("rankings", split, number)
-        ro = rollout(model, ids, torch.rand(len(ids), cfg.max_response, generator=generator),
-                     run.tok.end_of_turn)
-        texts, finished, row = [], ro.finished.tolist(), 0
-        for response, is_finished in zip(ro.responses(), finished):
-            # Stored as text, an unfinished reply would look finished (collect.compare).
-            texts.append(run.tok.decode(response) if is_finished else "")
-        for prompt, kind, k in drawn:
-            replies = [texts[row + j] for j in different(texts[row:row + k], counts)]
-            row += k
+        said = replies_to(run, model, prompts, ks, cfg.max_response, generator)
+        for prompt, kind, texts in zip(prompts, kinds, said):
+            replies = [texts[k] for k in different(texts, counts)]
             if replies:
                 utilities = [toy.truth(prompt, reply, kind) / cfg.noise for reply in replies]
                 places = toy_labelers.rank(prompt, replies, kind, rng, cfg.noise)
@@ -103,6 +97,25 @@ def sample(run: Run, cfg: RMConfig, split: str, n: int) -> list[Ranking]:
                         f"({counts_line(counts)}): give the model more --sft.epochs, or longer "
                         "replies (--rm.max-response)")
     return found
+
+
+def replies_to(run: Run, model: GPT, prompts: list[str], ks: list[int], max_response: int,
+               generator: torch.Generator) -> list[list[str]]:
+    """k replies to each prompt. Unfinished ones are "", because as text they would look finished
+    (collect.compare)."""
+    ids, said = [], []
+    for prompt, k in zip(prompts, ks):
+        ids += [run.tok.encode_dialogue(prompt)] * k
+    ro = rollout(model, ids, torch.rand(len(ids), max_response, generator=generator),
+                 run.tok.end_of_turn)
+    texts = []
+    for response, is_finished in zip(ro.responses(), ro.finished.tolist()):
+        texts.append(run.tok.decode(response) if is_finished else "")
+    first = 0
+    for k in ks:
+        said.append(texts[first:first + k])
+        first += k
+    return said
 
 
 def different(replies: list[str], counts: Counter) -> list[int]:

@@ -23,7 +23,7 @@ import toy_people
 import train_lm
 import train_rl
 import train_sft
-from data import ASSISTANT, HUMAN
+from data import ASSISTANT, HUMAN, in_test
 from demonstrations import Demonstration, Example, as_prompt, read_demonstrations
 from helpers import (CFG, END, END_OF_CONTEXT, StubRun, doubled, exact_logits, exact_score, flat,
                      float64, max_difference, random_prompts, shaken)
@@ -593,6 +593,12 @@ def test_data_that_a_later_stage_needs_is_missed_early(tmp_path):
         run = pipeline.Run(options)
         rankings.check_early(run, sft, rm, train_sft.SelectConfig(), room)
         assert len(run.checks) == n_checks
+    for is_held_out in (False, True):
+        one = [row for row in judged if in_test(Ranking(as_prompt(row["prompt"], ""), [], []))
+               == is_held_out][:1]
+        other = RMConfig(data=str(write(tmp_path / "one.jsonl", one)))
+        with pytest.raises(UserError, match="one prompt in sixteen is held out"):
+            rankings.check_early(run, sft, other, train_sft.SelectConfig(), 0)
     run.tok = words_tok()
     with pytest.raises(UserError, match="no test comparisons at"):
         run.checks[0]()
