@@ -20,7 +20,7 @@ The gap between the two says how far the RM overfits.
    many prompts and with few.
 2. A finding of its own: shuffling overfits more. With few prompts, the gap with shuffled pairs,
    less that with grouped ones, is above 0. The control takes the repetition away: the pairs left of
-   a prompt share no reply. The difference of the gaps is then below 0.01.
+   a prompt share no reply. The difference of the gaps must then be smaller, seed by seed.
 """
 import dataclasses
 import math
@@ -129,8 +129,8 @@ def verdict(rows: list[dict]) -> tuple[str, str]:
     _, more = sentence(
         "shuffled pairs overfit more in one pass (held-out less trained loss, shuffled less "
         "grouped)",
-        [Claim(FEW, excess(rows, FEW, "gap"), above=0.0),
-         Claim(DISJOINT, excess(rows, DISJOINT, "gap"), below=0.01)])
+        [Claim(FEW, excess(rows, FEW, "gap"), above=0.0)],
+        control=[Claim(DISJOINT, excess(rows, DISJOINT, "gap"), above=0.0)])
     return outcome, f"{worse} {more}"
 
 

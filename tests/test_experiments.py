@@ -545,6 +545,42 @@ def test_larger_pms_and_the_tax_of_rlhf_have_their_own_verdicts():
     assert "DOES NOT HOLD: so does RLHF alone" in tax.verdict(skills(text=0.2))[1]
 
 
+def test_gains_of_best_of_n_and_of_ppo_have_one_baseline(monkeypatch):
+    """Two prompts with 64 replies each. The PM picks by the truth, random PMs pick the first."""
+    script, judges = importlib.import_module("best_of_n"), []
+    truth = torch.arange(128.0).view(2, 64)  # means 31.5 and 95.5
+    run = SimpleNamespace(seed=3)
+    monkeypatch.setattr(lab, "load", lambda run: "initial")
+    monkeypatch.setattr(lab, "comparisons", lambda run, n: [])
+    monkeypatch.setattr(lab, "train_pm_on", lambda run, pairs: "PM")
+    monkeypatch.setattr(lab, "untrained_pm", lambda run: f"random {run.seed}")
+    monkeypatch.setattr(lab, "drawn_prompts", lambda run, cfg: SimpleNamespace(
+        draw=lambda n, name, held_out: (n, held_out)))
+
+    def judge(run, policy, pms, prompts, replies):
+        judges.append((policy, pms, prompts, replies))
+        if policy != "initial":
+            return torch.stack([torch.full((2, replies), 7.0), torch.full((2, replies), 70.0)])
+        return torch.stack([truth] + [-truth] * (len(pms) - 1) + [truth])
+    monkeypatch.setattr(lab, "judge", judge)
+    monkeypatch.setattr(script, "measure", lambda run, cfg, policy, reference, pm, prompts: (
+        None, None, torch.tensor([1.0, 4.0])))
+
+    def ppo(run, pm, cfg, initial, watch, prompts):
+        watch(SimpleNamespace(policy="trained"))
+        return None, [{"iteration": 60, "kl": 99.0}]
+    monkeypatch.setattr(lab, "ppo", ppo)
+    rows = script.one_seed(run, RLConfig(), 10, 2)
+    assert judges[0][1:] == (["PM"] + [f"random {3 + 1000 * k}" for k in range(5)], (2, True), 64)
+    assert judges[1] == ("trained", ["PM"], (2, True), 4)
+    [trained] = output.select(rows, by="PPO")
+    assert trained == {"seed": 3, "by": "PPO", "n": 60, "kl": 2.5, "score": 7.0 - 63.5,
+                       "truth": 70.0 - 63.5}
+    assert script.at(rows, "PM", 64) == [pytest.approx(95.0 - 63.5)]  # the last of each 64
+    assert script.at(rows, script.UNTRAINED, 64) == [pytest.approx(32.0 - 63.5)]  # the first
+    assert len(output.select(rows, by=script.UNTRAINED, n=16)) == 5
+
+
 def test_a_gate_that_knows_examples_has_its_own_verdict():
     verdict = importlib.import_module("outliers").verdict
     for numbers in (gates(rejected_10=0.4, words=0.1), gates(lost_10=0.11), gates(words=0.95)):
