@@ -20,9 +20,9 @@ from data import split_comparison
 
 # ---- 1. The table ------------------------------------------------------------
 
-HEADS = ("name", "choices", "helpful", "red-team", "barely sure", "with others", "with oneself",
+HEADS = ("name", "choices", "helpful", "red-team", "barely sure", "with others", "with themselves",
          "with the truth", "with the PM")
-NOTES = ("With others and with oneself: on the same prompt with the same two replies, on whichever "
+NOTES = ("With others and with themselves: on the same prompt with the same two replies, on whichever "
          "sides. With the truth: where the toy world knows the better reply. Barely sure "
          "choices count here, but the preference model does not learn from them (HH §2.2).")
 
@@ -57,11 +57,12 @@ class Row:
 def table(records: list[dict], is_toy: bool, margins: dict[str, float | None]) -> dict:
     """The lecturer's table. margins: {a choice's id: the PM's score of its chosen reply minus that
     of its rejected one}. Choices without a margin, or with None, do not count in that column."""
-    everybody, people = Row("everybody"), {}
+    everybody, people, n_odd = Row("everybody"), {}, 0
     first_picks = defaultdict(dict)  # item -> {person: what they chose when they first saw it}
     for record in records:
         parts, _ = split_comparison(record["chosen"], record["rejected"])
         if parts is None:  # somebody has edited the file by hand
+            n_odd += 1
             continue
         prompt, chosen, rejected = parts
         person = record["conversation"].rpartition("-")[0] or record["who"]  # who: of chat.py
@@ -90,7 +91,10 @@ def table(records: list[dict], is_toy: bool, margins: dict[str, float | None]) -
             everybody.others.hits += n * (n - 1) // 2  # here each two people count once
         everybody.others.cases += len(picks) * (len(picks) - 1) // 2
     rows = sorted((row.cells() for row in people.values()), key=lambda cells: cells[0].lower())
-    return {"heads": HEADS, "rows": rows + [everybody.cells()], "notes": NOTES}
+    notes = NOTES
+    if n_odd:
+        notes += f" Choices that were edited by hand and cannot be read: {n_odd:,}."
+    return {"heads": HEADS, "rows": rows + [everybody.cells()], "notes": notes}
 
 
 def true_gap(prompt: str, chosen: str, rejected: str, kind: str) -> float:
@@ -118,7 +122,9 @@ class Judge:
             found = table(records, self.is_toy, self.margins)
         *people, everybody = found["rows"]
         found["notes"] += note
-        found["summary"] = f"{len(records):,} choices by {len(people)} people."
+        choices = "choice" if len(records) == 1 else "choices"
+        persons = "person" if len(people) == 1 else "people"
+        found["summary"] = f"{len(records):,} {choices} by {len(people)} {persons}."
         for words, (hits, cases) in (("with each other", everybody[5]),
                                      ("with the truth", everybody[7])):
             if cases:

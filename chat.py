@@ -42,6 +42,8 @@ class Terminal:
     """Lines from a person or a pipe. Whatever it prints, it prints as text (`shown`)."""
 
     def __init__(self):
+        if sys.stdin is None:
+            raise UserError("there is no input: the standard input is closed")
         self.typed = sys.stdin.isatty()
         sys.stdin.reconfigure(errors="replace")
 
@@ -50,7 +52,7 @@ class Terminal:
         the end of the input."""
         if readline is not None and self.typed:
             readline.set_startup_hook(lambda: readline.insert_text(draft))
-        line = input(question).strip()
+        line = input(question).strip().removeprefix("\ufeff")  # some programs begin a pipe with it
         if not self.typed:  # a terminal shows what is typed, a pipe does not
             print(shown(line))
         return line
@@ -137,7 +139,7 @@ class Chat:
     def both(self, _):
         if self.initial is not None:
             self.initial = None
-            self.terminal.say("one reply again")
+            self.terminal.say("back to one reply a turn")
             return
         if self.speaker.path.name != "policy.pt":
             raise UserError(f"this is {self.speaker.path.name}; /both needs a policy.pt, which "
@@ -150,14 +152,15 @@ class Chat:
     def score(self, _):
         if self.scorer is not None:
             self.scorer = None
-            self.terminal.say("no scores any more")
+            self.terminal.say("scores are off")
             return
-        self.scorer = Scorer(self.speaker.folder, device=self.speaker.device)
+        scorer = Scorer(self.speaker.folder, device=self.speaker.device)
         if self.familiar is None:
             prompts = known_prompts(self.speaker.folder, 1000, rng(self.seed, "known prompts"))
-            if len(prompts) > 1:
+            if len(prompts) > 30:  # a Gaussian of fewer says little
                 self.familiar = Familiar(self.speaker.net, self.speaker.tok, prompts,
                                          self.speaker.device)
+        self.scorer = scorer
         self.terminal.say(f"scores of {self.scorer.path.name} in logits, from now on"
                           + (", and of the replies so far:" if self.replies else ""))
         for dialogue, reply in self.replies:
@@ -189,7 +192,12 @@ class Chat:
             lines.append(f"# seed {reply.seed}")
         try:
             with open(name, "x", encoding="utf-8") as file:  # "x": no file is overwritten
-                file.write("\n".join(lines) + shown(self.dialogues[-1]) + "\n")
+                try:
+                    file.write("\n".join(lines) + shown(self.dialogues[-1]) + "\n")
+                    file.flush()
+                except OSError:  # a full disk: leave no half of it
+                    os.unlink(name)
+                    raise
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"cannot write {name}: {reason}") from None
@@ -322,9 +330,10 @@ class Crowdworker:
         is not stated; here an edit counts as sure."""
         if self.kind == "harmless":
             raise UserError("edits are for helpful conversations only")
-        if "\n" in reply.text:
+        draft = reply.text.strip()
+        if "\n" in draft or shown(draft) != draft:  # a terminal would turn it into another text
             self.terminal.say("type the whole reply on one line")
-        draft = "" if "\n" in reply.text else shown(reply.text).strip()
+            draft = ""
         text = one_turn(self.terminal.ask("Your edit: ", draft))
         if not comparable(text, reply.text):
             raise UserError("the edit is the same as the original")
@@ -359,7 +368,7 @@ def talk(terminal: Terminal, room: Chat | Crowdworker):
                 elif command in room.commands:
                     room.commands[command][0](rest.strip())
                 elif command.startswith("/"):
-                    raise UserError(f"{command} is no command; type /help")
+                    raise UserError(f"unknown command {command}; type /help")
                 elif line:
                     room.answer(line)
             except UserError as error:
@@ -411,8 +420,9 @@ def main():
     add("folder", help="output folder of a run, finished or not")
     add("--model", help="a language model there (default: policy.pt, else initial.pt, else lm.pt)")
     add("--temperature", type=float, default=1.0, help="of sampling (default: 1)")
-    add("--seed", type=int, help="the same seed and lines give the same replies (default: by lot)")
-    add("--max-response", type=int, default=0, help="most tokens of a reply (default: as in RLHF)")
+    add("--seed", type=int, help="the same seed and lines give the same replies (default: random)")
+    add("--max-response", type=int, default=0,
+        help="maximum tokens per reply (default: as in RLHF)")
     add("--device", default="auto", help="cpu, cuda, ... (auto: a GPU if any)")
     add("--compare", action="store_true", help="choose between two replies at each turn")
     add("--against", help="the second reply comes from this model (default: from the same one)")

@@ -8,6 +8,7 @@ HH-RLHF's format with more fields. Read it in this order:
 
 Papers: HH = Bai et al. 2022 (arXiv 2204.05862); a § or App. without a name is in HH.
 """
+import contextlib
 import datetime
 import hashlib
 import json
@@ -111,12 +112,24 @@ class ChoiceFile:
         self.close()
 
 
+def is_half_written(line: bytes) -> bool:
+    """Whether a line without its end is the beginning of one that `_LineFile.append` writes."""
+    start = b'{"chosen": "'
+    try:
+        json.loads(line)
+        return False
+    except ValueError:
+        return line.startswith(start) or start.startswith(line)
+
+
 class _LineFile:
     """One file of a ChoiceFile: a JSON object a line, appended line by line."""
 
     def __init__(self, path: Path):
         self.path, self.notes, self.records = path, [], []
-        if path.exists():
+        if path.suffix == ".gz":
+            raise UserError(f"{path}: choices are written as plain text; leave out .gz")
+        if os.path.exists(path):
             check_is_file(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,13 +162,15 @@ class _LineFile:
         self.records.append(record)
 
     def _mend(self, last: bytes, number: int):
-        """End the last line, if only its line break is missing; else move it to another file. A
-        program that is killed while it writes leaves such a line, whose choice was not confirmed
-        to anyone."""
+        """End the last line, if only its line break is missing; or move it to another file, if it
+        is the beginning of a choice. A program that is killed while it writes leaves such a line,
+        whose choice was not confirmed to anyone. Raises UserError for any other line."""
         try:
             self._add(last, number)
             self.file.write(b"\n")
         except UserError:
+            if not is_half_written(last):
+                raise
             aside = self.path.with_name(self.path.name + ".half")
             with open(aside, "ab") as file:
                 file.write(last + b"\n")
@@ -178,7 +193,8 @@ class _LineFile:
                 line = line[self.file.write(line):]  # a full disk may take a part of it
             os.fsync(self.file.fileno())
         except OSError as error:
-            self.file.truncate(self.size)
+            with contextlib.suppress(OSError):  # the next start mends what is left of the line
+                self.file.truncate(self.size)
             raise UserError(f"cannot write {self.path}: {error.strerror}; this choice is not "
                             "stored, all earlier ones are") from None
         self.size = os.fstat(self.file.fileno()).st_size

@@ -39,6 +39,7 @@ CONVERSATION = re.compile(r"([0-9a-f]{12})-([0-9]{1,9})")
 MAX_NAME, MAX_TEXT = 40, 500  # characters
 MAX_TURNS = 12                # of a conversation
 MAX_SUGGESTIONS = 50          # in one turn
+MOVED_ON = "This conversation has moved on, probably in another tab: this was not stored."
 
 
 class Refusal(Exception):
@@ -61,8 +62,11 @@ class Pair:
     @property
     def digest(self) -> str:
         """Names the pair, so that a choice is stored only for the replies that were seen."""
-        texts = [reply.text for reply in self.replies]
-        return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+        return digest([reply.text for reply in self.replies])
+
+
+def digest(texts: list[str]) -> str:
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
 
 class Replies(threading.Thread):
@@ -85,8 +89,8 @@ class Replies(threading.Thread):
         pair = self.kept.get(dialogue) or self.wait_for(dialogue)
         a, b = pair.replies
         if not (a.finished and b.finished and comparable(a.text, b.text)):
-            raise Refusal(422, "The model gave the same reply twice, or a reply without an end, so "
-                               "there is nothing to compare: write another line.")
+            raise Refusal(422, "The model gave the same reply twice, or one that was cut off, so "
+                               "there is nothing to compare: send a different message.")
         return pair
 
     def wait_for(self, dialogue: str) -> Pair:
@@ -167,11 +171,11 @@ class Classroom:
         return hmac.new(self.key, as_bytes(words), hashlib.sha256).hexdigest()[:32]
 
     def join(self, name, code) -> dict:
-        name = checked_line(name, "name", MAX_NAME)
+        name = " ".join(checked_line(name, "name", MAX_NAME).split())
         if not name.isprintable():
             raise Refusal(400, "the name has characters that cannot be shown")
         given = code.strip().upper() if isinstance(code, str) else ""
-        if not hmac.compare_digest(as_bytes(given), as_bytes(self.code)):
+        if self.code and not hmac.compare_digest(as_bytes(given), as_bytes(self.code)):
             raise Refusal(403, "The join code is wrong: ask the lecturer for it.")
         with self.lock:
             who, number = name, 1
@@ -190,6 +194,8 @@ class Classroom:
         valid = self.sign(f"{person}:{who}")
         if not hmac.compare_digest(as_bytes(signature), as_bytes(valid)):
             raise Refusal(401, "Please join: this class does not know you yet.")
+        with self.lock:
+            self.names.add(who)  # of a person who joined before a restart and has not chosen yet
         return person, who
 
     # -- talking
@@ -208,8 +214,9 @@ class Classroom:
                     "lines": lines(dialogue), "done": self.done[person], "goal": self.goal,
                     "suggests": self.is_toy}
 
-    def prompt(self, person: str, request: dict) -> tuple[str, int, str, str]:
-        """What a request is about: (conversation, turn, kind, the dialogue up to the replies)."""
+    def prompt(self, person: str, request: dict, again: bool = False) -> tuple[str, int, str, str]:
+        """What a request is about: (conversation, turn, kind, the dialogue up to the replies).
+        again: it may be about a turn that has its choice."""
         number, turn, kind = (request.get(field) for field in ("number", "turn", "kind"))
         if type(number) is not int or type(turn) is not int or kind not in KINDS:
             raise Refusal(400, "the request does not say which turn it is about")
@@ -217,15 +224,16 @@ class Classroom:
         with self.lock:
             last = self.numbers.get(person, -1)
             talk = self.talks.get(conversation, {})
-            if number < 0 or number not in (last, last + 1) or turn != next_turn(talk):
-                raise Refusal(409, "Your conversation has gone on meanwhile.")
-            if talk:
-                before = talk[max(talk)]
+            is_next = number in (last, last + 1) and number >= 0 and turn == next_turn(talk)
+            if not is_next and not (again and turn in talk):
+                raise Refusal(409, MOVED_ON)
+            if turn > 1:
+                before = talk[turn - 1]
                 if before["kind"] != kind:
                     raise Refusal(400, "a conversation cannot change its kind")
                 dialogue = goes_on(before)
         if turn > MAX_TURNS:
-            raise Refusal(422, "This conversation is long enough: go on with the next one.")
+            raise Refusal(422, "This conversation has reached its limit: start the next one.")
         if "suggest" in request:
             dialogue = self.suggestion(person, number, turn, kind, dialogue, request["suggest"])
         else:
@@ -281,20 +289,17 @@ class Classroom:
         return rng(self.seed, "sides", conversation, turn).random() < 0.5
 
     def choose(self, token, request: dict) -> dict:
-        """Store a choice and return the new state. When this returns, the choice is on the disk. A
-        choice that is sent again counts once."""
+        """Store a choice and return the new state. When this returns, this very choice is on the
+        disk. One that is sent again, because its answer was lost, counts once."""
         person, who = self.person(token)
         side, strength = request.get("side"), request.get("strength")
         if type(side) is not int or side not in (0, 1):
             raise Refusal(400, "the side is neither 0 nor 1")
         if type(strength) is not int or not UNSURE <= strength <= SURE:
             raise Refusal(400, f"the strength is not a number from {UNSURE} to {SURE}")
-        try:
-            conversation, turn, kind, dialogue = self.prompt(person, request)
-        except Refusal as refusal:
-            if refusal.status == 409 and self.is_stored(person, request):
-                return self.state(token)
-            raise
+        conversation, turn, kind, dialogue = self.prompt(person, request, again=True)
+        if self.is_stored(conversation, turn, dialogue, request):
+            return self.state(token)
         pair = self.replies.pair(dialogue)
         if request.get("pair") != pair.digest:
             raise Refusal(409, "The model has changed, and its replies with it: choose again.",
@@ -308,15 +313,32 @@ class Classroom:
             seeds=[pair.replies[i].seed, pair.replies[j].seed], conversation=conversation,
             turn=turn)
         with self.lock:
-            if self.choices.append(record):  # False if the same choice came twice at once
+            is_new = self.choices.append(record)
+            if is_new:
                 self.take(record)
+        if not is_new:  # the turn got its choice while this one was made
+            self.is_stored(conversation, turn, dialogue, request)
         return self.state(token)
 
-    def is_stored(self, person: str, request: dict) -> bool:
-        """Whether this turn has its choice: the page repeats one whose answer was lost."""
+    def is_stored(self, conversation: str, turn: int, dialogue: str, request: dict) -> bool:
+        """Whether the choice of a request is in the file. Raises Refusal if the turn has another
+        one: made in another tab, for example."""
         with self.lock:
-            talk = self.talks.get(f"{person}-{request['number']}", {})
-            return 1 <= request["turn"] < next_turn(talk)
+            record = self.talks.get(conversation, {}).get(turn)
+        if record is None:
+            return False
+        picked, other = record["chosen"], record["rejected"]
+        if record["kind"] == "harmless":
+            picked, other = other, picked
+        texts = [picked[len(dialogue):], other[len(dialogue):]]
+        if (request["side"] == 1) != self.is_swapped(conversation, turn):  # the second of the pair
+            texts.reverse()
+        is_same = (picked.startswith(dialogue) and request.get("pair") == digest(texts)
+                   and (record["kind"], record["strength"]) == (request["kind"],
+                                                                request["strength"]))
+        if not is_same:
+            raise Refusal(409, MOVED_ON)
+        return True
 
     def records(self) -> list[dict]:
         with self.lock:
@@ -342,7 +364,7 @@ def checked_line(text, what: str, most: int) -> str:
         raise Refusal(400, f"the {what} must have 1 to {most} characters")
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs"):
-            raise Refusal(400, f"the {what} has control characters: write a line of plain text")
+            raise Refusal(400, f"the {what} has characters that are not allowed: use plain text")
     return text
 
 

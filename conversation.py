@@ -42,7 +42,7 @@ def one_turn(text: str) -> str:
     text = text.encode("utf-8", "replace").decode()  # half an emoji becomes "?"
     text = text.replace("\r\n", "\n").strip()
     if not text:
-        raise UserError("an empty message says nothing; type some words")
+        raise UserError("nothing was typed")
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"a message has at most {MAX_CHARACTERS:,} characters, and this one has "
                         f"{len(text):,}")
@@ -101,7 +101,7 @@ SPEAKERS = ("policy.pt", "initial.pt", "lm.pt")
 def best_speaker(folder) -> str:
     """The name of the language model to talk with. Raises UserError if there is none."""
     for name in SPEAKERS:
-        if Path(folder, name).exists():
+        if os.path.exists(Path(folder, name)):
             return name
     raise UserError(f"{folder} holds no language model ({', '.join(SPEAKERS)}): train one there, "
                     "or name the output folder of a run")
@@ -118,7 +118,7 @@ class Model:
         self.folder, self.device = Path(folder), choose_device(str(device))
         self.tok = Tokenizer.load(self.folder / "tokenizer.json")
         self.path = self.folder / name
-        if not self.path.exists() and Path(name).exists():
+        if not os.path.exists(self.path) and os.path.exists(name):
             self.path = Path(name)
         check_is_file(self.path)
         self.stamp = self._stamp()
@@ -175,8 +175,8 @@ class Speaker(Model):
         default = config.get("rl", {}).get("max_response", 32 if self.toy else 128)
         self.max_response = min(max_response or default, self.context - 1 - MIN_PROMPT)
         if self.max_response < 1:
-            raise UserError(f"a reply of {self.max_response} tokens cannot be: the context has "
-                            f"{self.context}, and a reply has at least 1")
+            raise UserError(f"a reply has at least 1 token, not {self.max_response} (the context "
+                            f"has {self.context})")
         self.temperature = temperature
         self.sampler = Sampler(self.net, self.tok.end_of_turn, temperature)
 

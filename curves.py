@@ -13,6 +13,7 @@ import contextlib
 import html
 import json
 import math
+import os
 import re
 import unicodedata
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Data:
 
 def read(folder: Path) -> Data:
     """Raises ReportError if the folder holds no run."""
-    if not (folder / "metrics.jsonl").is_file():
+    if not os.path.isfile(folder / "metrics.jsonl"):
         raise ReportError(f"{folder} is not the output folder of a run: it has no metrics.jsonl")
     notes = []
     run = Data(folder.resolve().name, read_lines(folder / "metrics.jsonl", notes), notes)

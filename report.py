@@ -422,6 +422,7 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--hero", action="store_true", help="write hero.svg, and no page")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a folder's name may have characters that it lacks
     try:
         if args.hero:
             picture = hero(read(args.folders[0]))

@@ -278,7 +278,7 @@ class Secrets:
     LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # none that look alike
 
     def __init__(self, path: Path):
-        if not path.exists():
+        if not os.path.exists(path):
             code = "".join(secrets.choice(self.LETTERS) for _ in range(6))
             made = {"code": code, "key": secrets.token_hex(16), "lecturer": secrets.token_hex(8)}
             mask = os.umask(0o077)  # so nobody else can read the file, from its first byte on

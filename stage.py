@@ -170,7 +170,7 @@ class Folder:
 def read_config(out: Path) -> dict:
     """config.json of a folder: {"run": options, stage: its options, ...}; {} if there is none."""
     path = out / "config.json"
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     try:
         config = json.loads(read_text(path))

@@ -145,7 +145,7 @@ def deploy(run: Run, k: int, pm: PMConfig, online: OnlineConfig) -> bool:
         whole, _, _ = Path(online.people).read_bytes().rpartition(b"\n")
         write_atomically(part.path("people.jsonl"), whole + b"\n")
         ranks.wait()
-        n_new = count(people_of(part)) - count(people_of(before))
+        n_new = len(new_choices(people_of(part), people_of(before)))
     else:
         print(f"    round {k}, step 1: comparisons by {', '.join(path.name for path in files)}")
         tranche = "rs" if k == 1 else f"online-{k}"
@@ -184,15 +184,15 @@ def people_of(part: Run) -> list[Path]:
 
 def has_choices(run: Run, k: int, online: OnlineConfig) -> bool:
     """Whether people have made the choices that round k waits for; if not, say how to make them."""
-    n_before = count(people_of(round_of(run, k - 1)))
-    n = count([online.people]) if Path(online.people).exists() else 0
-    if n - n_before >= online.wanted:
+    now = [online.people] if os.path.exists(online.people) else []
+    n_new = len(new_choices(now, people_of(round_of(run, k - 1))))
+    if n_new >= online.wanted:
         return True
     before, options = round_of(run, k - 1), "--model initial.pt"
     if k > 1:  # an earlier snapshot makes the replies more diverse (§4.5)
         options = f"--model policy.pt --against {deployed(run, k)[0].name}"
     options += f" --choices {online.people}"
-    print(f"round {k} is deployed and waits for people: {online.people} holds {n - n_before:,} "
+    print(f"round {k} is deployed and waits for people: {online.people} holds {n_new:,} "
           f"new usable choices of {online.wanted:,}. To add some:\n"
           f"    python chat.py {before.out} --compare {options}\n"
           f"    python serve.py {before.out} {options}\n"
@@ -200,9 +200,19 @@ def has_choices(run: Run, k: int, online: OnlineConfig) -> bool:
     return False
 
 
-def count(paths: list) -> int:
+def new_choices(paths: list, before: list) -> set:
+    """The usable choices in files, less those that an earlier round has learned from. Raises
+    UserError if any of those is missing: that round's people would be forgotten."""
+    found, earlier = usable(paths), usable(before)
+    if paths and earlier - found:
+        raise UserError(f"{paths[0]} lacks {len(earlier - found):,} choices that the round before "
+                        "learned from: add to that file, or join the two")
+    return found - earlier
+
+
+def usable(paths: list) -> set:
     train, held_out, _ = read_choices(paths)
-    return len(train) + len(held_out)
+    return {(c.conversation, c.prompt, c.chosen, c.rejected) for c in train + held_out}
 
 
 # ---- 3. Command --------------------------------------------------------------
@@ -211,8 +221,8 @@ def count(paths: list) -> int:
 def check_rounds(run: Run, pm: PMConfig, online: OnlineConfig):
     """Find out before any training whether the rounds can run, as far as the options tell."""
     if online.people:
-        if Path(online.people).exists():
-            count([online.people])  # raises UserError for a damaged file
+        if os.path.exists(online.people):
+            usable([online.people])  # raises UserError for a damaged file
     elif not run.toy:
         raise UserError("the rounds need people, because only the toy world has simulated ones: "
                         "add --people FILE, which chat.py --compare or serve.py writes")

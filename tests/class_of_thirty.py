@@ -108,7 +108,7 @@ class Person(threading.Thread):
                 continue
             self.confirmed.append((about["number"], about["turn"], here["lines"][-1][1]))
             if fate > 0.8:
-                again = self.server.post("/choose", **choice | {"side": 1 - choice["side"]})
+                again = self.server.post("/choose", **choice)
                 assert again["done"] == here["done"], "a choice that was sent again counted twice"
             n_suggested = 0
             if here["turn"] > 3:  # about as many turns as in HH (§2.3)

@@ -87,7 +87,7 @@ def test_what_the_model_reads(talk, scripted):
         ask("", "hi"), ask(ask("", "hi") + " policy 1", "there"),
         ask(ask("", "hi") + " policy 1", "again"), ask("", "long")]
     assert "Assistant: a\n    \n    b\n" in out  # no line of a reply begins like one of ours
-    assert "nothing to take back" in out and "/nonsense is no command; type /help" in out
+    assert "nothing to take back" in out and "unknown command /nonsense; type /help" in out
     assert talk("hi", "/quit", "hi").count("Assistant:") == 1
 
 
@@ -109,6 +109,14 @@ def test_scores_say_how_unusual_the_prompt_is(talk, scripted, made, tmp_path):
     assert "unusual" not in talk("hi", "/score")  # the folder holds no comparisons
     folder = tmp_path / "run"
     shutil.copytree(made, folder)
+    few = [Comparison(ask("", text), " a", " b", "helpful") for text in ("one", "two")]
+    write_comparisons(folder / "comparisons" / "helpful-base" / "train.jsonl", few)
+    out = talk("hi", "/score", folder=folder)  # a Gaussian needs more
+    assert "PM score" in out and "unusual" not in out
+    path = folder / "comparisons" / "helpful-base" / "train.jsonl"
+    path.write_text("{\n")
+    out = talk("hi", "/score", "/score", folder=folder)  # the second is no "scores are off"
+    assert out.count("not JSON") == 2 and "scores are off" not in out
     prompts = [ask("", f"{i} plus {i}?") for i in range(41)]
     pairs = [Comparison(prompt, " a", " b", "helpful") for prompt in prompts]
     for kind in ("helpful-base", "harmless-base"):
@@ -147,6 +155,43 @@ def test_save_writes_a_new_file(talk, scripted, tmp_path):
     for words in ("nothing to save", "needs the name", "saved to x.txt", "x.txt: File exists",
                   "no/x: No such file", "null"):
         assert out.count(words) == 1, words
+
+
+def test_a_full_disk_leaves_no_half_of_a_conversation(talk, scripted, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    def full(name, mode, encoding):
+        open(name, mode, encoding=encoding).close()
+        return Full()
+    monkeypatch.setattr(chat, "open", full, raising=False)
+    assert "cannot write x.txt: No space left" in talk("hi", "/save x.txt")
+    assert not (tmp_path / "x.txt").exists()
+
+
+@pytest.mark.parametrize("text, draft", [(" plain", "plain"), (" a\tb", ""), (" \u00ad", ""),
+                                         (" two\nlines", "")])
+def test_a_draft_is_the_reply_itself_or_nothing(talk, scripted, monkeypatch, text, draft):
+    """Typed back unchanged, an escaped character would be another text."""
+    drafts, ask_person = [], chat.Terminal.ask
+
+    def watched(terminal, question, draft=""):
+        if question.startswith("Your edit"):
+            drafts.append(draft)
+        return ask_person(terminal, question, draft)
+    monkeypatch.setattr(chat.Terminal, "ask", watched)
+    scripted.texts[" one"] = text
+    monkeypatch.setattr(chat, "comparable", lambda a, b: True)
+    out = talk("one", "ea", "better", options=["--compare"])
+    assert drafts == [draft] and ("type the whole reply" in out) == (draft == "")
+
+
+def test_a_closed_input_and_a_byte_order_mark(talk, scripted, monkeypatch):
+    assert talk("\ufeffhi").count("Human: hi\n") == 1 and scripted.dialogues == [ask("", "hi")]
+    monkeypatch.setattr(chat.sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed"):
+        chat.Terminal()
 
 
 def test_what_is_dropped_cut_off_or_too_long_is_said(talk, made):
@@ -235,7 +280,7 @@ def test_an_edit_is_preferred_to_the_original(talk, scripted):
     options = ["--compare", "--model", "initial.pt"]
     out = talk("one", "eb", "", "eb", "better", "two", options=options)
     row, pair = stored()[0], sides(out)[0]
-    assert row["chosen"] == ask("", "one") + " better" and "an empty message" in out
+    assert row["chosen"] == ask("", "one") + " better" and "nothing was typed" in out
     assert row["rejected"] == ask("", "one") + pair["b"]
     assert row["models"][0] == "person" and "/initial.pt " in row["models"][1]
     assert row["seeds"][0] is None and isinstance(row["seeds"][1], int) and row["strength"] == 4
@@ -287,7 +332,7 @@ def test_a_full_disk_keeps_the_choice_to_be_made_again(talk, scripted, monkeypat
     (["--red-team"], "--red-team and --against need --compare"),
     (["--against", "initial.pt"], "need --compare"), (["--model", "no.pt"], "/no.pt does not exist"),
     (["--temperature", "0"], "temperature 0.0"), (["--device", "no"], "--device no"),
-    (["--max-response", "-3"], "a reply of -3 tokens cannot be"),
+    (["--max-response", "-3"], "a reply has at least 1 token, not -3"),
     (["--compare", "--choices", "."], "is not a file"),
     (["--compare", "--choices", "bad.jsonl"], "bad.jsonl:1: not JSON"),
     (["--compare", "--who", " "], "--who needs a name")])

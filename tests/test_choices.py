@@ -87,6 +87,18 @@ def test_a_half_written_line_is_set_aside(path, cut):
         assert file.notes == []
 
 
+@pytest.mark.parametrize("content", [
+    b'{"vocabulary": [1, 2]}', b"no choices here", b'{"chosen": "x", "strength": 7}'])
+def test_another_file_without_a_last_line_break_is_left_alone(tmp_path, content):
+    other = tmp_path / "tokenizer.json"
+    other.write_bytes(content)
+    with pytest.raises(UserError, match="tokenizer.json:1: "):
+        ChoiceFile(other)
+    assert other.read_bytes() == content and not list(tmp_path.glob("*.half"))
+    with pytest.raises(UserError, match="leave out .gz"):
+        ChoiceFile(tmp_path / "ours.jsonl.gz")
+
+
 @pytest.mark.parametrize("line, words", [
     (b"{", "not JSON"), (b"\xff", "not UTF-8"), (b"[]", "expected a JSON object"),
     ({"chosen": 3}, "'chosen' is 3"), ({"rejected": "Hello."}, "'rejected' does not begin"),

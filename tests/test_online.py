@@ -162,6 +162,10 @@ def test_a_round_waits_for_people(copy, call_small, tmp_path):
     choose(path, 1, first=8)  # after a round has begun, nothing changes for it
     result = call_small("train_online.py", out, "--people", path)
     assert result.code == 0 and "runs first" not in result.out
+    # Another file must hold what the rounds before have learned from.
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[3:]))
+    result = call_small("train_online.py", out, "--people", path, "--rounds", 3)
+    assert_one_sentence(result, "choices.jsonl lacks 3 choices", "add to that file")
 
 
 def test_a_line_that_is_still_being_written_waits_for_the_next_round(copy, call_small, tmp_path,

@@ -148,8 +148,26 @@ def test_a_choice_that_is_sent_again_counts_once(room, path):
 
     room.replies.pair = overtaken
     first = room.choose(token, choice)
-    assert first == room.choose(token, choice | {"side": 1, "pair": "?"}) == room.state(token)
+    room.replies.pair = None  # a choice that is stored needs no model
+    assert first == room.choose(token, choice) == room.state(token)
     assert (first["done"], first["turn"], len(on_disk(path))) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("kind", ["helpful", "harmless"])
+def test_another_choice_of_the_same_turn_is_not_taken_for_it(room, path, kind):
+    """As from two tabs. Its page must not say "Stored."."""
+    token, choices = room.join("Ann", "")["token"], []
+    for text in ("What is 2 + 1?", "What is 1 + 1?"):  # both tabs ask before either chooses
+        request = about(kind=kind, text=text)
+        choices.append(request | {"pair": room.say(token, request)["pair"], "side": 1,
+                                  "strength": 4})
+    done = room.choose(token, choices[0])
+    assert done["done"] == 1 and room.choose(token, choices[0]) == done
+    for other in (choices[1], choices[0] | {"side": 0}, choices[0] | {"strength": 3},
+                  choices[0] | {"pair": "?"},
+                  choices[0] | {"kind": "harmless" if kind == "helpful" else "helpful"}):
+        refused(409, room.choose, token, other)
+    assert len(on_disk(path)) == 1
 
 
 def ann_in_turn_4(room) -> str:
@@ -238,6 +256,16 @@ def test_names_and_tokens(room):
     refused(401, Classroom(room.choices, room.replies, b"other key").state, token)
     for name in ("", "x" * 41, "a\u202eb", "a\nb", None):
         refused(400, room.join, name, "")
+    assert room.join("\u5c71\u3000\u7530", "a code that nobody asked for")["name"] == "\u5c71 \u7530"
+
+
+def test_a_name_stays_taken_after_a_restart(path):
+    """Also that of a person who has made no choice yet."""
+    with ChoiceFile(path) as choices:
+        token = Classroom(choices, start_replies(), b"key").join("Ann", "")["token"]
+        room = Classroom(choices, start_replies(), b"key")
+        assert room.state(token)["name"] == "Ann"
+        assert room.join("Ann", "")["name"] == "Ann 2"
 
 
 def test_the_join_code(path):
@@ -409,7 +437,7 @@ def test_the_judge_reads_a_new_preference_model(monkeypatch):
     for _ in range(2):
         found = judge.overview(records)
         assert found["rows"][-1][8] == [1, 1] and len(scored) == 4 and "stub.pt" in found["notes"]
-    assert found["summary"].startswith("2 choices by 1 people")
+    assert found["summary"].startswith("2 choices by 1 person.")
     sign[0], replaced[0] = -1, True
     assert judge.overview(records)["rows"][-1][8] == [0, 1]
     sign.clear()
