@@ -356,7 +356,7 @@ def curves(runs: list) -> str:
         if any(panels):
             words = ""
             if row.healthy:
-                words = sentence("Healthy", row.healthy) + sentence("Else", row.otherwise)
+                words = sentence("Healthy", row.healthy) + sentence("Warning signs", row.otherwise)
             cards.append(f'<div class="card n{len(panels)}"><div class="charts">{"".join(panels)}'
                          f"</div>{words}</div>")
     earlier = [panel(runs, stage, title, numbers) for stage, title, numbers in EARLIER]

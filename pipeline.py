@@ -171,8 +171,15 @@ class Run(Folder):
 
     def begin(self, name: str, cfg, data: Sequence[str] = ()) -> "Stage | None":
         """As in Folder; the files of --data must not change, either, while a stage is resumed."""
-        files = [] if self.toy else data_files(self.data, self.subsets)
-        return super().begin(name, cfg, [*files, *data])
+        return super().begin(name, cfg, [*self.real_files(), *data])
+
+    def reuse(self, name: str, cfg, data: Sequence[str] = ()) -> bool:
+        """As in Folder; a result that must come from the same files was made with those of --data,
+        too."""
+        return super().reuse(name, cfg, [*self.real_files(), *data] if data else ())
+
+    def real_files(self) -> list[Path]:
+        return [] if self.toy else data_files(self.data, self.subsets)
 
     def check_paper(self, **configs):
         """Raise UserError if an option was set of a stage that --paper does not have."""

@@ -353,7 +353,7 @@ def main():
     add("--against", default="", help="another one, for the second reply (empty: the same)")
     add("--pm", default="pm.pt", help="preference model of the lecturer's table, or its path")
     add("--choices", default="", help="file of the choices (empty: class.jsonl in the folder)")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets a room in")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: the network")
     add("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
     add("--goal", type=int, default=20, help="choices that fill a person's progress bar")
     add("--temperature", type=float, default=1.0, help="of sampling")

@@ -617,8 +617,18 @@ def test_a_stage_is_resumed_with_the_comparisons_that_it_began_with(tmp_path):
     assert pipeline.data_files(folder / "notes.txt") == [folder / "notes.txt"]
     run = pipeline.Run(pipeline.RunConfig(data=str(tmp_path / "real"), subsets="helpful-base",
                                           out=str(tmp_path / "out")))
-    stage = run.begin("lm", train_lm.LMConfig(), data=["README.md"])
-    assert stage.data == [folder / "test.jsonl", folder / "train.jsonl.gz", "README.md"]
+    own = tmp_path / "own.jsonl"
+    own.touch()
+    stage = run.begin("lm", train_lm.LMConfig(), data=[own])
+    assert stage.data == [folder / "test.jsonl", folder / "train.jsonl.gz", own]
+    stage.start()
+    stage.end()
+    for data in ((), [own]):  # a result may ask for other files besides
+        assert run.reuse("lm", train_lm.LMConfig(), data=data)
+    (folder / "test.jsonl").write_text("new")
+    assert run.reuse("lm", train_lm.LMConfig())  # the same model is good for other data
+    with pytest.raises(UserError, match="was not trained from the present"):
+        run.reuse("lm", train_lm.LMConfig(), data=[own])
 
 
 def test_real_data_from_files_alone(tmp_path, capsys):
