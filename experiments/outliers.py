@@ -162,7 +162,7 @@ def draw(plt, rows, table):
         plt.xscale("log")
         plt.xlabel("harmful examples (dotted: none)")
         plt.ylabel("AUROC " + ("against all helpful prompts" if i == 1 else "against look-alikes"))
-        plt.ylim(0.6, 1.01)
+        plt.ylim(0.9, 1.005)
         plt.legend()
 
 
