@@ -22,8 +22,8 @@ from data import split_comparison
 
 HEADS = ("name", "choices", "helpful", "red-team", "barely sure", "with others", "with themselves",
          "with the truth", "with the PM")
-NOTES = ("With others and with themselves: on the same prompt with the same two replies, on whichever "
-         "sides. With the truth: where the toy world knows the better reply. Barely sure "
+NOTES = ("With others and with themselves: on the same prompt with the same two replies, on "
+         "whichever sides. With the truth: where the toy world knows the better reply. Barely sure "
          "choices count here, but the preference model does not learn from them (HH §2.2).")
 
 

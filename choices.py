@@ -237,15 +237,19 @@ def read_choices(paths: Sequence[str]) -> tuple[list[Comparison], list[Compariso
         found, counter = read_comparisons(path, kind)
         total.update(counter)
         for c in found:
-            key = (c.conversation, c.prompt, c.chosen, c.rejected)
-            if key in seen:
+            if identity(c) in seen:
                 total.update({"kept": -1, "there twice": 1})
             elif is_held_out(c.prompt):
                 held_out.append(c)
             else:
                 train.append(c)
-            seen.add(key)
+            seen.add(identity(c))
     return train, held_out, total
+
+
+def identity(c: Comparison) -> tuple:
+    """What two lines share that hold the same choice."""
+    return c.conversation, c.prompt, c.chosen, c.rejected
 
 
 # A greeting does not say what a conversation is about, and many open with one.

@@ -15,7 +15,6 @@ Read it in this order:
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import hub
 import ranks
@@ -24,7 +23,7 @@ from memory import StageMemory, check_stage
 from model import GPT, SIZES, GPTConfig
 from pm import ScalarModel
 from run import UserError, choose_device, flag, load, main as run_command
-from stage import Folder, Stage
+from stage import Folder
 
 # ---- 1. PIPELINES ------------------------------------------------------------
 
@@ -167,19 +166,9 @@ class Run(Folder):
         out = Path(cfg.out or f"out/{name}-{cfg.seed}")
         if cfg.export and Path(cfg.export).resolve() == out.resolve():
             raise UserError("--export needs a folder of its own, not that of --out")
-        super().__init__(out, PIPELINES[cfg.paper], options, SPEED_OPTIONS, cfg.seed, cfg.resume)
-
-    def begin(self, name: str, cfg, data: Sequence[str] = ()) -> "Stage | None":
-        """As in Folder; the files of --data must not change, either, while a stage is resumed."""
-        return super().begin(name, cfg, [*self.real_files(), *data])
-
-    def reuse(self, name: str, cfg, data: Sequence[str] = ()) -> bool:
-        """As in Folder; a result that must come from the same files was made with those of --data,
-        too."""
-        return super().reuse(name, cfg, [*self.real_files(), *data] if data else ())
-
-    def real_files(self) -> list[Path]:
-        return [] if self.toy else data_files(self.data, self.subsets)
+        files = [] if self.toy else data_files(self.data, self.subsets)
+        super().__init__(out, PIPELINES[cfg.paper], options, SPEED_OPTIONS, cfg.seed, cfg.resume,
+                         files)
 
     def check_paper(self, **configs):
         """Raise UserError if an option was set of a stage that --paper does not have."""

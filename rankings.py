@@ -83,6 +83,8 @@ def sample(run: Run, cfg: RMConfig, split: str, n: int) -> list[Ranking]:
             prompts.append(prompt)
             kinds.append(kind)
             ks.append(rng.randint(cfg.least, cfg.most))
+        if not prompts:  # fewer prompts than models
+            continue
         generator = run.torch_rng("rankings", split, number)
         said = replies_to(run, model, prompts, ks, cfg.max_response, generator)
         for prompt, kind, texts in zip(prompts, kinds, said):
@@ -181,9 +183,11 @@ def is_numbers(x, n: int) -> bool:
 def rankings(run: Run, cfg: RMConfig, split: str) -> list[Ranking]:
     """The rankings of one split, "train" or "test": read, or sampled and written to the folder."""
     if cfg.data:
-        found, note = read_split(cfg.data, split)
-        print(f"    {note}")
-        return found
+        found, counts = read_rankings(cfg.data)
+        in_split = of_split(found, split, cfg.data)
+        print(f"    replies of {cfg.data}: {counts_line(counts)}; {len(in_split):,} of "
+              f"{len(found):,} rankings are {split} rankings")
+        return in_split
     path = run.path(f"rankings/{split}.jsonl")
     if not path.exists():
         found = sample(run, cfg, split, cfg.prompts if split == "train" else cfg.test)
@@ -192,16 +196,13 @@ def rankings(run: Run, cfg: RMConfig, split: str) -> list[Ranking]:
     return read_rankings(path, as_is=True)[0]
 
 
-def read_split(path: str, split: str) -> tuple[list[Ranking], str]:
-    """The rankings of one split of a file, and a note on what was read. Raises UserError if the
-    split has none."""
-    found, counts = read_rankings(path)
+def of_split(found: list[Ranking], split: str, path: str) -> list[Ranking]:
+    """A file's rankings of one split. Raises UserError if there is none."""
     in_split = [ranking for ranking in found if in_test(ranking) == (split == "test")]
     if not in_split:
         raise UserError(f"{path}: none of its {len(found):,} usable rankings is a {split} "
                         "ranking; one prompt in sixteen is held out, so add more")
-    return in_split, (f"replies of {path}: {counts_line(counts)}; {len(in_split):,} of "
-                      f"{len(found):,} rankings are {split} rankings")
+    return in_split
 
 
 # ---- 2. Elements -------------------------------------------------------------
@@ -386,8 +387,9 @@ def check_early(run: Run, sft: SFTConfig, rm: RMConfig, select: SelectConfig,
     elif rl_max_response:
         run.checks.append(lambda: check_comparisons(run, run.data, ["train", "test"], run.subsets))
     if rm.data:
+        found, _ = read_rankings(rm.data)
         for split in ("train", "test"):
-            read_split(rm.data, split)
+            of_split(found, split, rm.data)
     elif not run.toy:
         raise UserError("--paper instructgpt needs --rm.data on real data: a .jsonl file of "
                         "rankings")

@@ -53,13 +53,14 @@ class Folder:
     pipeline: {stage: (its result, the results it depends on)}, in the order in which stages run.
     options: what all the stages of one folder must agree on, as {option: value}.
     speed_options: options of a stage that may change when it is resumed.
-    resume: whether an interrupted stage continues from its state."""
+    resume: whether an interrupted stage continues from its state.
+    files: that every stage may read besides its parents."""
 
     def __init__(self, out: Path, pipeline: dict, options: dict, speed_options: tuple[str, ...],
-                 seed: int, resume: bool):
+                 seed: int, resume: bool, files: Sequence[Path] = ()):
         self.out, self.pipeline = out, pipeline
         self.options, self.speed_options = options, speed_options
-        self.seed, self.resume = seed, resume
+        self.seed, self.resume, self.files = seed, resume, files
 
     def path(self, name: str) -> Path:
         return self.out / name
@@ -81,11 +82,12 @@ class Folder:
 
     def begin(self, name: str, cfg, data: Sequence[str] = ()) -> "Stage | None":
         """Return the stage, ready to run; or print a note and return None if --resume finds that it
-        is done. data: files that the stage reads besides its parents. Raises UserError if the
+        is done. data: more files that the stage reads. Raises UserError if the
         folder, or its state, was made with other options or files."""
         self.check_options()
         result_name, parent_names = self.pipeline[name]
-        stage = Stage(self, name, cfg, self.path(result_name), self.paths(parent_names), data)
+        stage = Stage(self, name, cfg, self.path(result_name), self.paths(parent_names),
+                      [*self.files, *data])
         if self.resume and self.is_complete(name):
             self.check_parents(result_name, load(stage.result))
             print(f"nothing to resume: {stage.result} is there, and this stage is complete"
@@ -96,7 +98,7 @@ class Folder:
 
     def reuse(self, name: str, cfg, data: Sequence[str] = ()) -> bool:
         """Return whether an earlier stage's result can be used; print what was decided.
-        data: files that the stage read besides its parents, if they must be the same ones."""
+        data: more files that the stage read, if they must be the same ones."""
         self.check_options()
         result_name, _ = self.pipeline[name]
         # No parents: `check_parents` hashes them if the result is used.
@@ -109,7 +111,7 @@ class Folder:
             return False
         saved = load(stage.result)
         self.check_parents(result_name, saved)
-        if data and saved.get("data") != file_hash(data):
+        if data and saved.get("data") != file_hash([*self.files, *data]):
             raise UserError(f"{stage.result} was not trained from the present {_join(data)}; "
                             "delete it to train a new one")
         print(f"{stage.result} is there and used as it is" + stage.ignored_note())

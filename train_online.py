@@ -32,7 +32,7 @@ from run import (  # before torch: Ctrl-C prints no traceback
 
 import ranks
 import report
-from choices import read_choices
+from choices import identity, read_choices
 from collect import BestOf, collect_from
 from data import Comparison, write_comparisons
 from evaluate import load_policy
@@ -212,7 +212,7 @@ def new_choices(paths: list, before: list) -> set:
 
 def usable(paths: list) -> set:
     train, held_out, _ = read_choices(paths)
-    return {(c.conversation, c.prompt, c.chosen, c.rejected) for c in train + held_out}
+    return {identity(c) for c in train + held_out}
 
 
 # ---- 3. Command --------------------------------------------------------------

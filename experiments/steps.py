@@ -50,12 +50,11 @@ def sample(run: Run, models: list[GPT], prompts: list[str], k: int) -> list[list
     """k replies of each model to each prompt: (N, k x models). Unfinished ones are empty."""
     replies = [[] for _ in prompts]
     for number, model in enumerate(models):
-        ids = []
-        for prompt in prompts:
-            ids += [run.tok.encode_dialogue(prompt)] * k
-        ro = lab.respond(run, model, ids, f"to be ranked {number}")
-        for i, (response, finished) in enumerate(zip(ro.responses(), ro.finished.tolist())):
-            replies[i // k].append(run.tok.decode(response) if finished else "")
+        generator = run.torch_rng("lab", f"to be ranked {number}")
+        said = rankings.replies_to(run, model, prompts, [k] * len(prompts), RM.max_response,
+                                   generator)
+        for mine, more in zip(replies, said):
+            mine += more
     return replies
 
 

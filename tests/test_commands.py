@@ -157,7 +157,7 @@ class Watch:
                 return function(*args, **kwargs)
             patch.setattr(owner, name, watched)
 
-        def begin(folder, name, cfg, *data):
+        def begin(folder, name, cfg):
             self.stage, self.run, self.training = name, folder, False
 
         def weighted(run, stage, cfg, pm, pairs, weights):

@@ -462,6 +462,9 @@ def test_rankings_are_of_the_kept_epochs_replies(whole, monkeypatch):
     for ranking in found:  # each reply was given to its own prompt, and is a whole one
         prompt = run.tok.encode_dialogue(ranking.prompt)
         assert all((prompt, reply) in answers for reply in ranking.replies)
+    asked.clear()
+    rankings.sample(run, RMConfig(max_response=60), "train", 2)  # a model without a prompt
+    assert len(asked) == 2
 
 
 def with_lm(whole: Path, out: Path) -> Path:

@@ -38,11 +38,12 @@ def run():
 
 
 def test_each_model_gives_k_replies_to_each_prompt_and_unfinished_ones_are_empty(run, monkeypatch):
-    def respond(run, model, ids, name):
+    def rollout(model, ids, uniforms, end_of_turn):
+        assert uniforms.shape == (len(ids), 32)
         texts = [f" {model}{k}" for k in range(len(ids))]
         return SimpleNamespace(responses=lambda: [TOK.encode(text) for text in texts],
                                finished=torch.tensor([k != 1 for k in range(len(ids))]))
-    monkeypatch.setattr(lab, "respond", respond)
+    monkeypatch.setattr(rankings, "rollout", rollout)
     found = steps.sample(run, ["A", "B"], [EGG, ROB], 2)
     assert found == [[" A0", "", " B0", ""], [" A2", " A3", " B2", " B3"]]
 
